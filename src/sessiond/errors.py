@@ -1,0 +1,244 @@
+"""Every way in which sessiond says no: seven kinds, one table of reasons, a remedy for each.
+
+Nothing here logs, and nothing here knows of gRPC: `transport` turns a kind into a status, `cli` into an exit code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(eq=False)
+class SessiondError(Exception):
+    """One refusal: what happened, to what, and what the caller should do next.
+
+    reason: a key of REASONS. message: one sentence with the offending value. remedy: overrides the table's sentence.
+    metadata: offending ids and figures as strings. fields: (request field path, what is wrong with it) pairs.
+    retry_after_ms: set only where a retry can help.
+    """
+
+    reason: str
+    message: str
+    metadata: dict[str, str] = field(default_factory=dict)
+    fields: list[tuple[str, str]] = field(default_factory=list)
+    retry_after_ms: int | None = None
+    remedy: str = ""
+
+    def __post_init__(self) -> None:
+        known = REASONS[self.reason]
+        if not isinstance(self, known.kind):
+            raise TypeError(f"{self.reason} is of kind {known.kind.__name__}, not {type(self).__name__}")
+        self.remedy = self.remedy or known.remedy
+        if self.retry_after_ms is None:
+            self.retry_after_ms = known.retry_after_ms
+        super().__init__(self.reason)
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.remedy}".strip()
+
+
+class NotFound(SessiondError):
+    """There is no such thing, and we are sure of it."""
+
+
+class Conflict(SessiondError):
+    """Somebody else was first, or the same key names something else."""
+
+
+class Invalid(SessiondError):
+    """The request or the configuration can't be right, however often it is sent."""
+
+
+class Unavailable(SessiondError):
+    """It can't be done now; waiting can help."""
+
+
+class Corrupt(SessiondError):
+    """Bytes that were read back do not verify, or a promise was found broken; waiting does not help."""
+
+
+class Exhausted(SessiondError):
+    """A named limit is reached."""
+
+
+class Denied(SessiondError):
+    """The caller may not do this."""
+
+
+class Unimplemented(SessiondError):
+    """The contract has it, this version does not serve it."""
+
+
+@dataclass(frozen=True)
+class Reason:
+    """One row of docs/errors.md. status: a google.rpc.Code name. retry_after_ms: 0 where a retry can't help."""
+
+    kind: type[SessiondError]
+    status: str
+    remedy: str
+    retry_after_ms: int | None = None
+
+
+REASONS: dict[str, Reason] = {
+    # requests
+    "MALFORMED_REQUEST": Reason(Invalid, "INVALID_ARGUMENT", "Send a message of the published proto."),
+    "INVALID_UTF8": Reason(Invalid, "INVALID_ARGUMENT", "Send text as UTF-8; put other bytes into an opaque part."),
+    "REQUEST_TOO_LARGE": Reason(
+        Invalid, "INVALID_ARGUMENT", "Send fewer turns per call, or keep large content elsewhere and attach its URI."
+    ),
+    "INVALID_SESSION_ID": Reason(
+        Invalid,
+        "INVALID_ARGUMENT",
+        "Use 1 to 128 bytes of A-Z a-z 0-9 . _ : @ -, starting with a letter or digit.",
+    ),
+    "INVALID_USER_ID": Reason(
+        Invalid, "INVALID_ARGUMENT", "Use at most 256 bytes of printable text for the user id."
+    ),
+    "INVALID_TURN_ID": Reason(
+        Invalid, "INVALID_ARGUMENT", "Mint one turn_id of 1 to 128 bytes per turn and send it again on every retry."
+    ),
+    "INVALID_TURN": Reason(Invalid, "INVALID_ARGUMENT", "Correct the named field; nothing was appended."),
+    "EMPTY_TURN": Reason(
+        Invalid, "INVALID_ARGUMENT", "Give the turn a body with content; only a tool result may be empty."
+    ),
+    "NO_TURNS": Reason(Invalid, "INVALID_ARGUMENT", "Send 1 to 256 turns."),
+    "TURN_TOO_LARGE": Reason(
+        Invalid, "INVALID_ARGUMENT", "Shorten the turn, or keep large content elsewhere and attach its URI."
+    ),
+    "TOOL_RESULT_WITHOUT_CALL": Reason(
+        Invalid,
+        "INVALID_ARGUMENT",
+        "Append the assistant turn with this call first. A user message closes calls that were not answered.",
+    ),
+    "TOKENIZER_FAILED": Reason(
+        Invalid, "INVALID_ARGUMENT", "Break up the very long run in the text, or supply the turn's token counts."
+    ),
+    "INVALID_BUDGET": Reason(
+        Invalid, "INVALID_ARGUMENT", "Give a budget_tokens above 0 and above reserve_tokens, or set one in the policy."
+    ),
+    "BUDGET_TOO_SMALL": Reason(
+        Invalid, "INVALID_ARGUMENT", "Raise budget_tokens to at least the named minimum, or reserve less."
+    ),
+    "INVALID_CONTEXT": Reason(Invalid, "INVALID_ARGUMENT", "Correct the named field of the context."),
+    "INVALID_PAGE_TOKEN": Reason(
+        Invalid, "INVALID_ARGUMENT", "Start again without a page token; tokens belong to one session and one query."
+    ),
+    "INVALID_PAGE_SIZE": Reason(Invalid, "INVALID_ARGUMENT", "Use a page size within the documented range."),
+    "INVALID_STATE_CHANGE": Reason(Invalid, "INVALID_ARGUMENT", "Correct the named field; nothing was changed."),
+    "INVALID_POLICY": Reason(Invalid, "INVALID_ARGUMENT", "Correct the named field of the policy."),
+    "INVALID_REWIND": Reason(
+        Invalid, "INVALID_ARGUMENT", "Rewind to a turn that is in force: at or below the head and not superseded."
+    ),
+    "NOT_SERVED_YET": Reason(Unimplemented, "UNIMPLEMENTED", "Use a release that serves this call."),
+    # sessions
+    "SESSION_NOT_FOUND": Reason(
+        NotFound, "NOT_FOUND", "Check the session id and the user, or make the session with CreateSession."
+    ),
+    "SESSION_EXISTS": Reason(Conflict, "ALREADY_EXISTS", "Choose another session id."),
+    "SESSION_DELETED": Reason(
+        NotFound, "NOT_FOUND", "The id of a deleted session is never usable again; choose another."
+    ),
+    "TURN_ID_REUSED": Reason(
+        Conflict, "ALREADY_EXISTS", "Mint a new turn_id for new content; send a retry with the same content."
+    ),
+    "EXPECTED_MISMATCH": Reason(
+        Conflict, "ABORTED", "Read the turns after your head with ListTurns, then append with the new head."
+    ),
+    "STATE_ETAG_MISMATCH": Reason(
+        Conflict, "ABORTED", "Read the session again and repeat the change on its new state."
+    ),
+    "NOT_OWNER": Reason(
+        Unavailable, "UNAVAILABLE", "Send the call to the owning node, or wait until it releases the session.", 1000
+    ),
+    "EPOCH_FENCED": Reason(
+        Unavailable, "UNAVAILABLE", "Another node took the session over; send the call again.", 200
+    ),
+    "PINS_FULL": Reason(
+        Exhausted, "RESOURCE_EXHAUSTED", "Unpin a fact first, or raise the policy's pins_budget_tokens."
+    ),
+    # durability
+    "CLOUD_NOT_COMMITTED": Reason(
+        Unavailable,
+        "UNAVAILABLE",
+        "The turn is safe on the node's disk only. Send the same turn_id again to complete it.",
+        1000,
+    ),
+    "STORE_UNAVAILABLE": Reason(
+        Unavailable, "UNAVAILABLE", "The cloud tier can't be reached; try again, and see the daemon's status.", 1000
+    ),
+    "COMMIT_UNKNOWN": Reason(
+        Unavailable,
+        "UNAVAILABLE",
+        "The cloud tier did not say whether the write landed. Send the same request again; it is idempotent.",
+        1000,
+    ),
+    "NODE_STARTING": Reason(
+        Unavailable, "UNAVAILABLE", "The node is not serving yet; try again, or use another node.", 500
+    ),
+    "NODE_DRAINING": Reason(Unavailable, "UNAVAILABLE", "The node is draining; send the call to another node.", 1000),
+    "PREDECESSOR_UNCERTAIN": Reason(
+        Unavailable,
+        "UNAVAILABLE",
+        "The session's last owner may still be alive; it is taken over once its lease stood still long enough.",
+        2000,
+    ),
+    "OVERLOADED": Reason(Exhausted, "RESOURCE_EXHAUSTED", "Too many calls at once; back off and try again.", 200),
+    "HOT_TIER_FULL": Reason(
+        Exhausted, "RESOURCE_EXHAUSTED", "Raise map_size_bytes or drain the node; resumes go on meanwhile.", 5000
+    ),
+    "DISK_FULL": Reason(Exhausted, "RESOURCE_EXHAUSTED", "Free space on the node's disk; resumes go on meanwhile.", 5000),
+    "HOT_TIER_FAILED": Reason(
+        Unavailable,
+        "UNAVAILABLE",
+        "The node's disk failed and the node has stopped writing; replace the disk, then restart the daemon.",
+        5000,
+    ),
+    "DEADLINE_TOO_SHORT": Reason(Unavailable, "DEADLINE_EXCEEDED", "Allow the call more time."),
+    # what was read back
+    "CORRUPT_FRAME": Reason(Corrupt, "DATA_LOSS", "Run sessiond verify; restore the session from the cloud tier."),
+    "CORRUPT_HOT_ROW": Reason(Corrupt, "DATA_LOSS", "Run sessiond verify; restore the session from the cloud tier."),
+    "CORRUPT_SEGMENT": Reason(Corrupt, "DATA_LOSS", "Run sessiond verify; restore the object from a backup."),
+    "CORRUPT_MANIFEST": Reason(Corrupt, "DATA_LOSS", "Run sessiond verify; restore the object from a backup."),
+    "MISSING_SEGMENT": Reason(Corrupt, "DATA_LOSS", "Run sessiond verify; restore the object from a backup."),
+    "HISTORY_DIVERGED": Reason(
+        Corrupt, "DATA_LOSS", "The cloud tier is ahead of this node at its own epoch; run sessiond verify."
+    ),
+    "NEWER_FORMAT": Reason(
+        Corrupt, "FAILED_PRECONDITION", "Written by a newer release of sessiond; upgrade this one before reading it."
+    ),
+    "INTERNAL": Reason(Corrupt, "INTERNAL", "This is a defect of sessiond; report it with the daemon's log."),
+    # starting, configuration, command line
+    "UNKNOWN_CONFIG_KEY": Reason(Invalid, "INVALID_ARGUMENT", "Remove the key or correct its spelling."),
+    "INVALID_CONFIG": Reason(Invalid, "INVALID_ARGUMENT", "Correct the named setting."),
+    "UNWRITABLE_FOLDER": Reason(
+        Denied, "PERMISSION_DENIED", "Give the daemon's user write permission, or choose another folder."
+    ),
+    "NETWORK_FILESYSTEM": Reason(
+        Invalid, "INVALID_ARGUMENT", "Use a local disk: locks and fsync of network filesystems can't be trusted."
+    ),
+    "PORT_IN_USE": Reason(Unavailable, "UNAVAILABLE", "Stop the other process, or listen on another port."),
+    "NODE_NAME_IN_USE": Reason(
+        Unavailable, "UNAVAILABLE", "Another daemon is running under this node name; give this one another --node-name."
+    ),
+    "DAMAGED_VOCABULARY": Reason(Corrupt, "DATA_LOSS", "Install the sessiond package again."),
+    "WRONG_HASH_KEY": Reason(
+        Invalid, "FAILED_PRECONDITION", "Use the hash key that this bucket was made with, or another bucket or prefix."
+    ),
+    "WRONG_STORE": Reason(
+        Invalid,
+        "FAILED_PRECONDITION",
+        "This hot tier belongs to another bucket; use its own --cloud, or another --data-dir.",
+    ),
+    "STORE_UNFIT": Reason(
+        Invalid, "FAILED_PRECONDITION", "Use a store that keeps conditional writes: exactly one winner per If-Match."
+    ),
+    "STORE_DENIED": Reason(
+        Denied, "PERMISSION_DENIED", "Check the credentials and the bucket's policy: get, put, delete and list are needed."
+    ),
+    "BUCKET_NOT_FOUND": Reason(NotFound, "NOT_FOUND", "Make the bucket, or correct --cloud and --s3-endpoint."),
+    "INVALID_INPUT_FILE": Reason(Invalid, "INVALID_ARGUMENT", "Correct the named line of the file."),
+    "SERVER_UNREACHABLE": Reason(
+        Unavailable, "UNAVAILABLE", "Start the daemon with sessiond serve, or name it with --server or SESSIOND_SERVER.", 1000
+    ),
+    "VIOLATIONS_FOUND": Reason(Corrupt, "DATA_LOSS", "Read the explanation of each violation."),
+}
