@@ -1,0 +1,590 @@
+"""The readable twin of the compiled core: frames, replay, windows, in plain Python.
+
+It promises the same bytes and the same errors as `_kernel`, for any input. It never reads a file or a clock and holds
+no buffer longer than a call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import google_crc32c
+import msgpack
+
+from sessiond.core.layout import (
+    BODY_DERIVED,
+    BODY_MESSAGE,
+    BODY_MILESTONE,
+    BODY_REWIND,
+    BODY_STATE,
+    BODY_SUMMARY,
+    CRC_END,
+    CRC_OFFSET,
+    ENCODING_SLOTS,
+    FIT_MORE,
+    FIT_NOTHING,
+    FIT_OK,
+    FLAG_APPLIES,
+    FLAG_BOUNDARY,
+    FLAG_CALLS,
+    FLAG_CUT,
+    FLAG_EXCHANGE,
+    FLAG_RESULTS,
+    FRAME_BYTES_MAX,
+    FRAME_TAG,
+    HEADER_BYTES,
+    HEADER_STRUCT,
+    KIND_MESSAGE,
+    KIND_MILESTONE,
+    KIND_REWIND,
+    KIND_STATE,
+    KIND_SUMMARY,
+    MODE_FULL,
+    MODE_HYBRID,
+    MODE_LAST_N,
+    PREFIX_BYTES,
+    ROLE_DEVELOPER,
+    ROLE_SYSTEM,
+    ROLE_USER,
+    SUPERSEDED_RANGES_MAX,
+    Header,
+    corrupt_frame,
+)
+from sessiond.core.state import RESTORED_PLACES, decode_places, encode_places
+
+Buffer = bytes | bytearray | memoryview
+
+COMPILED = False
+
+_MASK_64 = (1 << 64) - 1
+
+
+def crc32c(data: Buffer, seed: int = 0) -> int:
+    """CRC32C (Castagnoli) of the bytes, continued from `seed`."""
+    return int(google_crc32c.extend(seed, bytes(data)))
+
+
+def _frame_crc(session_hash: bytes, buffer: Buffer, offset: int, end: int) -> int:
+    seed = google_crc32c.value(session_hash)
+    seed = google_crc32c.extend(seed, bytes(buffer[offset : offset + CRC_OFFSET]))
+    return int(google_crc32c.extend(seed, bytes(buffer[offset + CRC_END : end])))
+
+
+def seal_frame(
+    session_hash: bytes,
+    seq: int,
+    epoch: int,
+    time_ms: int,
+    kind: int,
+    role: int,
+    status: int,
+    flags: int,
+    prev_live_seq: int,
+    cumulative: Sequence[int],
+    tokens: Sequence[int],
+    sources: Sequence[int],
+    digest: bytes,
+    chain: bytes,
+    body: Buffer,
+) -> bytes:
+    """One turn as a frame. digest, chain: 16 bytes each. cumulative, tokens, sources: one per encoding slot.
+
+    Raises OverflowError or ValueError if a value does not fit its field.
+    """
+    length = HEADER_BYTES - PREFIX_BYTES + len(body)
+    if length > FRAME_BYTES_MAX:
+        raise ValueError(f"a body of {len(body)} bytes does not fit a frame")
+    if len(session_hash) != 16 or len(digest) != 16 or len(chain) != 16:
+        raise ValueError("hash, digest and chain are 16 bytes each")
+    padded = bytes(
+        [
+            length & 0x7F | 0x80,
+            length >> 7 & 0x7F | 0x80,
+            length >> 14 & 0x7F | 0x80,
+            length >> 21 & 0x7F | 0x80,
+            length >> 28 & 0x7F,
+        ]
+    )
+    counts: list[int] = []
+    for slot in range(ENCODING_SLOTS):
+        tag = (0x4A, 0x52, 0x5A)[slot]
+        counts += (tag, 16, 0x09, cumulative[slot], 0x15, tokens[slot], 0x18, sources[slot])
+    try:
+        head = HEADER_STRUCT.pack(
+            *(FRAME_TAG, padded, 0x09, seq, 0x15, epoch, 0x19, time_ms, 0x20, kind, 0x28, role, 0x30, status),
+            *(0x3D, flags, 0x41, prev_live_seq, *counts),
+            *(0x82, 0x01, 16, digest, 0x8A, 0x01, 16, chain, 0x95, 0x01, 0),
+        )
+    except Exception as error:
+        raise OverflowError(f"a header field is out of range: {error}") from None
+    frame = head + bytes(body)
+    crc = _frame_crc(session_hash, frame, 0, len(frame))
+    return frame[:CRC_OFFSET] + crc.to_bytes(4, "little") + frame[CRC_END:]
+
+
+def _frame_end(buffer: Buffer, offset: int) -> int:
+    """Rule 1: where the frame at `offset` ends."""
+    size = len(buffer)
+    if size - offset < HEADER_BYTES:
+        raise corrupt_frame(offset, "it is cut short")
+    if buffer[offset] != FRAME_TAG:
+        raise corrupt_frame(offset, "it has no frame tag")
+    length = 0
+    for index in range(5):
+        byte = buffer[offset + 1 + index]
+        if index < 4 and byte < 0x80 or index == 4 and byte >= 0x08:
+            raise corrupt_frame(offset, "its length is malformed")
+        length |= (byte & 0x7F) << 7 * index
+    if length > FRAME_BYTES_MAX or length < HEADER_BYTES - PREFIX_BYTES or size - offset - PREFIX_BYTES < length:
+        raise corrupt_frame(offset, "its length is out of bounds")
+    return offset + PREFIX_BYTES + length
+
+
+def read_frame(session_hash: bytes, buffer: Buffer, offset: int = 0) -> Header:
+    """The frame at `offset`, checked by every rule of `layout`. Raises Corrupt."""
+    end = _frame_end(buffer, offset)
+    fields = HEADER_STRUCT.unpack_from(buffer, offset)
+    fixed_tags = fields[2:18:2]
+    if fixed_tags != (0x09, 0x15, 0x19, 0x20, 0x28, 0x30, 0x3D, 0x41):
+        raise corrupt_frame(offset, "a header tag is wrong")
+    kind, role, status = fields[9], fields[11], fields[13]
+    cumulative, tokens, sources = [], [], []
+    for slot in range(ENCODING_SLOTS):
+        start = 18 + 8 * slot
+        tag, size, tag_cumulative, total, tag_tokens, own, tag_source, source = fields[start : start + 8]
+        if (tag, size, tag_cumulative, tag_tokens, tag_source) != ((0x4A, 0x52, 0x5A)[slot], 16, 0x09, 0x15, 0x18):
+            raise corrupt_frame(offset, "a header tag is wrong")
+        cumulative.append(total)
+        tokens.append(own)
+        sources.append(source)
+    (d1, d2, d3, digest, c1, c2, c3, chain, x1, x2, crc) = fields[42:]
+    if (d1, d2, d3, c1, c2, c3, x1, x2) != (0x82, 0x01, 16, 0x8A, 0x01, 16, 0x95, 0x01):
+        raise corrupt_frame(offset, "a header tag is wrong")
+    if not 1 <= kind <= 5 or role > 5 or status > 3 or max(sources) > 2:
+        raise corrupt_frame(offset, "an enum is out of range")
+    if _frame_crc(session_hash, buffer, offset, end) != crc:
+        raise corrupt_frame(offset, "its checksum does not match")
+    return Header(
+        offset,
+        end,
+        fields[3],
+        fields[5],
+        fields[7],
+        kind,
+        role,
+        status,
+        fields[15],
+        fields[17],
+        (cumulative[0], cumulative[1], cumulative[2]),
+        (tokens[0], tokens[1], tokens[2]),
+        (sources[0], sources[1], sources[2]),
+        digest,
+        chain,
+    )
+
+
+def scan_frames(session_hash: bytes, buffer: Buffer) -> list[Header]:
+    """Every frame of a row or segment, each checked; the buffer must end with a frame. Raises Corrupt."""
+    headers: list[Header] = []
+    offset, size = 0, len(buffer)
+    while offset < size:
+        header = read_frame(session_hash, buffer, offset)
+        headers.append(header)
+        offset = header.end
+    return headers
+
+
+def _varint(buffer: Buffer, offset: int, end: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        if offset >= end or shift > 63:
+            raise ValueError
+        byte = buffer[offset]
+        offset += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value & _MASK_64, offset
+        shift += 7
+
+
+def _fields(buffer: Buffer, offset: int, end: int) -> Iterator[tuple[int, int, int, int, int]]:
+    """(field number, wire type, value of a varint, start and end of the payload) of each field; ValueError if torn."""
+    while offset < end:
+        tag, offset = _varint(buffer, offset, end)
+        number, wire = tag >> 3, tag & 7
+        if number == 0 or number > 0x1FFFFFFF:
+            raise ValueError
+        if wire == 0:
+            value, offset = _varint(buffer, offset, end)
+            yield number, wire, value, offset, offset
+        elif wire == 2:
+            size, offset = _varint(buffer, offset, end)
+            if size > end - offset:
+                raise ValueError
+            yield number, wire, 0, offset, offset + size
+            offset += size
+        elif wire in (1, 5):
+            size = 8 if wire == 1 else 4
+            if size > end - offset:
+                raise ValueError
+            yield number, wire, 0, offset, offset + size
+            offset += size
+        else:
+            raise ValueError
+
+
+def _text(buffer: Buffer, start: int, end: int) -> str:
+    return bytes(buffer[start:end]).decode("utf-8")  # UnicodeDecodeError is a ValueError
+
+
+def _tool_events(buffer: Buffer, start: int, end: int) -> list[tuple[bool, str]]:
+    """(is a result, call id) of every tool call and result in a message, in order."""
+    events: list[tuple[bool, str]] = []
+    for number, wire, _, part_start, part_end in _fields(buffer, start, end):
+        if number != 2 or wire != 2:
+            continue
+        for kind, kind_wire, _, item_start, item_end in _fields(buffer, part_start, part_end):
+            if kind not in (3, 4) or kind_wire != 2:
+                continue
+            call_id = ""
+            for item, item_wire, _, text_start, text_end in _fields(buffer, item_start, item_end):
+                if item == 1 and item_wire == 2:
+                    call_id = _text(buffer, text_start, text_end)
+            events.append((kind == 4, call_id))
+    return events
+
+
+def tool_events(body: Buffer) -> list[tuple[bool, str]]:
+    """(is a result, call id) of every tool call and result in a turn's body, in order. Raises Corrupt."""
+    try:
+        for number, wire, _, start, end in _fields(body, 0, len(body)):
+            if number == BODY_MESSAGE and wire == 2:
+                return _tool_events(body, start, end)
+    except ValueError:
+        raise corrupt_frame(0, "its body does not parse") from None
+    return []
+
+
+def derived_offset(body: Buffer) -> int:
+    """Where the daemon's own field 27 starts in a body; len(body) if there is none. Raises Corrupt."""
+    try:
+        before = 0
+        for number, wire, _, _, end in _fields(body, 0, len(body)):
+            if number == BODY_DERIVED and wire == 2:
+                return before
+            before = end
+    except ValueError:
+        raise corrupt_frame(0, "its body does not parse") from None
+    return len(body)
+
+
+def _map_entry(buffer: Buffer, start: int, end: int) -> tuple[str, str, bool]:
+    """A protobuf map entry as (key, text value, bool value)."""
+    key, text, truth = "", "", False
+    for number, wire, value, item_start, item_end in _fields(buffer, start, end):
+        if number == 1 and wire == 2:
+            key = _text(buffer, item_start, item_end)
+        elif number == 2 and wire == 2:
+            text = _text(buffer, item_start, item_end)
+        elif number == 2 and wire == 0:
+            truth = value != 0
+    return key, text, truth
+
+
+def _apply_state(places: list[Any], buffer: Buffer, start: int, end: int, derived: Any, epoch: int, seq: int) -> None:
+    flags, metadata, pins = places[13], places[15], places[12]
+    if derived is not None and not isinstance(derived, dict):
+        raise ValueError
+    for number, wire, _, item_start, item_end in _fields(buffer, start, end):
+        if wire != 2:
+            continue
+        if number == 1:
+            key, _, truth = _map_entry(buffer, item_start, item_end)
+            if truth:
+                flags[key] = True
+            else:
+                flags.pop(key, None)
+        elif number == 2:
+            places[14] = _text(buffer, item_start, item_end)
+        elif number == 3:
+            key, text, _ = _map_entry(buffer, item_start, item_end)
+            metadata[key] = text
+        elif number == 4:
+            metadata.pop(_text(buffer, item_start, item_end), None)
+        elif number == 5:
+            key, text, _ = _map_entry(buffer, item_start, item_end)
+            counts = (derived or {}).get(key)
+            if not isinstance(counts, list) or len(counts) != ENCODING_SLOTS:
+                raise ValueError
+            pins[key] = [text, epoch, seq, *counts]
+        elif number == 6:
+            pins.pop(_text(buffer, item_start, item_end), None)
+
+
+def _apply_body(places: list[Any], buffer: Buffer, header: Header) -> None:
+    """What a turn of any kind but a plain message does to the state; ValueError if its body does not parse."""
+    kind, seq = header.kind, header.seq
+    wanted = {
+        KIND_SUMMARY: BODY_SUMMARY,
+        KIND_STATE: BODY_STATE,
+        KIND_MILESTONE: BODY_MILESTONE,
+        KIND_REWIND: BODY_REWIND,
+    }[kind]
+    start = end = -1
+    derived: Any = None
+    for number, wire, _, item_start, item_end in _fields(buffer, header.offset + HEADER_BYTES, header.end):
+        if wire != 2:
+            continue
+        if number == wanted:
+            start, end = item_start, item_end
+        elif number == BODY_DERIVED:
+            derived = msgpack.unpackb(bytes(buffer[item_start:item_end]), raw=False, strict_map_key=True)
+    if start < 0:
+        raise ValueError
+    if kind == KIND_STATE:
+        _apply_state(places, buffer, start, end, derived, header.epoch, seq)
+        places[17] = [header.epoch, seq]
+    elif kind == KIND_SUMMARY:
+        if header.flags & FLAG_APPLIES:
+            first = last = 0
+            for number, wire, _, item_start, item_end in _fields(buffer, start, end):
+                if number == 2 and wire == 2:
+                    for inner, inner_wire, value, _, _ in _fields(buffer, item_start, item_end):
+                        if inner == 1 and inner_wire == 0:
+                            first = value
+                        elif inner == 2 and inner_wire == 0:
+                            last = value
+            places[11] = [seq, first, last, *header.tokens]
+    elif kind == KIND_MILESTONE:
+        label = ""
+        for number, wire, _, item_start, item_end in _fields(buffer, start, end):
+            if number == 1 and wire == 2:
+                label = _text(buffer, item_start, item_end)
+        places[19] = [seq, label]
+    else:
+        to_seq = 0
+        for number, wire, value, _, _ in _fields(buffer, start, end):
+            if number == 1 and wire == 0:
+                to_seq = value
+        if not isinstance(derived, list) or len(derived) < len(RESTORED_PLACES) or to_seq >= seq:
+            raise ValueError
+        for index, place in enumerate(RESTORED_PLACES):
+            places[place] = derived[index]
+        places[17] = [header.epoch, seq]
+        ranges = [pair for pair in places[20] if pair[0] <= to_seq]
+        if to_seq + 1 < seq:
+            ranges.append([to_seq + 1, seq - 1])
+        places[20] = ranges[-SUPERSEDED_RANGES_MAX:]
+
+
+def replay(session_hash: bytes, state: Buffer, frames: Buffer) -> bytes:
+    """Fold consecutive frames into a state: checkpoint = replay(checkpoint, turns after its cursor).
+
+    The first frame must be the one after the state's replay cursor. Returns the new state's bytes. Raises Corrupt if a
+    frame is damaged or the log has a gap, and NEWER_FORMAT for a state of an unknown rule.
+    """
+    places = decode_places(bytes(state))
+    cumulative = list(places[4])
+    live = list(places[7])
+    open_calls: list[Any] = list(places[16])
+    offset, size = 0, len(frames)
+    while offset < size:
+        header = read_frame(session_hash, frames, offset)
+        seq, kind, role, flags = header.seq, header.kind, header.role, header.flags
+        if seq != places[1] + 1:
+            raise corrupt_frame(offset, f"its seq is {seq} where {places[1] + 1} is due")
+        is_live = kind == KIND_MESSAGE and role not in (ROLE_SYSTEM, ROLE_DEVELOPER)
+        if header.prev_live_seq != places[5]:
+            raise corrupt_frame(offset, "it links to another message than the newest in force")
+        for slot in range(ENCODING_SLOTS):
+            cumulative[slot] += header.tokens[slot] if is_live else 0
+            if header.cumulative[slot] != cumulative[slot]:
+                raise corrupt_frame(offset, "its token column does not add up")
+        try:
+            if is_live:
+                if flags & (FLAG_CALLS | FLAG_RESULTS):
+                    if role == ROLE_USER and not flags & FLAG_RESULTS:
+                        open_calls = []
+                    for is_result, call_id in _message_events(frames, header):
+                        if not is_result:
+                            open_calls.append([seq, call_id])
+                            continue
+                        for index in range(len(open_calls) - 1, -1, -1):
+                            if open_calls[index][1] == call_id:
+                                del open_calls[index]
+                                break
+                elif role == ROLE_USER:
+                    open_calls = []
+                if flags & FLAG_EXCHANGE:
+                    places[8] += 1
+                    places[9] = seq
+                places[5] = seq
+                places[6] += 1
+                for slot in range(ENCODING_SLOTS):
+                    live[slot] += header.tokens[slot]
+            elif kind == KIND_MESSAGE:
+                places[10] = [seq, *header.tokens]
+            else:
+                places[7], places[16] = live, open_calls
+                _apply_body(places, frames, header)
+                live, open_calls = list(places[7]), list(places[16])
+        except (ValueError, TypeError, msgpack.exceptions.UnpackException):
+            raise corrupt_frame(offset, "its body does not parse") from None
+        if flags & FLAG_BOUNDARY:
+            places[18] = [header.epoch, seq, header.time_ms]
+        places[1], places[2], places[3], places[21] = seq, header.epoch, header.chain, header.time_ms
+        offset = header.end
+    places[4], places[7], places[16] = cumulative, live, open_calls
+    return encode_places(places)
+
+
+def _message_events(buffer: Buffer, header: Header) -> list[tuple[bool, str]]:
+    for number, wire, _, start, end in _fields(buffer, header.offset + HEADER_BYTES, header.end):
+        if number == BODY_MESSAGE and wire == 2:
+            return _tool_events(buffer, start, end)
+    return []
+
+
+def row_live(row: Buffer, target_seq: int, slot: int) -> tuple[int, int]:
+    """(tokens of the live messages of this row from `target_seq` down, the live seq to look for next).
+
+    A cheap look at fixed offsets, to learn how many rows a window needs; `fit_window` does the checking. Raises Corrupt
+    where the row's lengths do not add up or it does not hold target_seq.
+    """
+    links: dict[int, tuple[int, int]] = {}
+    offset, size = 0, len(row)
+    while offset < size:
+        end = _frame_end(row, offset)
+        fields = HEADER_STRUCT.unpack_from(row, offset)
+        links[fields[3]] = (fields[23 + 8 * slot], fields[17])
+        offset = end
+    tokens = 0
+    if target_seq not in links:
+        raise corrupt_frame(0, f"its row lacks turn {target_seq}")
+    while target_seq in links:
+        own, link = links[target_seq]
+        if link >= target_seq:
+            raise corrupt_frame(0, "a link points forward")
+        tokens += own
+        target_seq = link
+    return tokens, target_seq
+
+
+def fit_window(
+    session_hash: bytes,
+    rows: Sequence[Buffer],
+    slot: int,
+    last_live_seq: int,
+    exchange_seq: int,
+    mode: int,
+    last_exchanges: int,
+    tail_tokens: int,
+    tail_tokens_exact: int,
+    stride_tokens: int,
+    since_seq: int,
+) -> tuple[Any, ...]:
+    """Choose the window and copy its frames.
+
+    rows: buffers of whole frames, ascending. slot: encoding slot. last_live_seq: where the live messages end.
+    exchange_seq: start of the newest exchange, 0 if none. tail_tokens: what the tail may take after the share kept
+    for what varies; tail_tokens_exact: after what it really is, never less. since_seq: leave out frames up to it.
+
+    Returns one of
+      (FIT_OK, first_seq, tokens, messages, frames, ranges, prev_live_seq of the first, chain of the last); ranges is a
+        list of (first, last) of consecutive seqs; for an empty window first_seq is 0 and the chain is empty;
+      (FIT_MORE, seq): rows that hold turn `seq`, and older ones, are needed;
+      (FIT_NOTHING, tokens): not even the newest legal cut fits; it would take this many.
+    Raises Corrupt if a frame of the window is damaged or missing within a row. Rule: DESIGN.md, "Strides without state".
+    """
+    if last_live_seq == 0:
+        return (FIT_OK, 0, 0, 0, b"", [], 0, b"")
+    places: dict[int, tuple[Buffer, int]] = {}
+    previous = 0
+    lowest = 0
+    for row in rows:
+        offset, size = 0, len(row)
+        while offset < size:
+            end = _frame_end(row, offset)
+            seq = HEADER_STRUCT.unpack_from(row, offset)[3]
+            if seq <= previous:
+                raise corrupt_frame(offset, "its row is out of order")
+            previous = seq
+            lowest = lowest or seq
+            places[seq] = (row, offset)
+            offset = end
+
+    # Newest to oldest: (seq, suffix tokens, tokens before it, flags, header, row)
+    walked: list[tuple[int, int, int, int, Header, Buffer]] = []
+    target, suffix, exchanges = last_live_seq, 0, 0
+    while target:
+        if target not in places:
+            if lowest == 0 or target < lowest:
+                return (FIT_MORE, target)
+            raise corrupt_frame(0, f"its row lacks turn {target}")
+        row, offset = places[target]
+        header = read_frame(session_hash, row, offset)
+        if header.kind != KIND_MESSAGE or header.role in (ROLE_SYSTEM, ROLE_DEVELOPER):
+            raise corrupt_frame(offset, "a link leads to no message")
+        if header.prev_live_seq >= target:
+            raise corrupt_frame(offset, "a link points forward")
+        own = header.tokens[slot]
+        if header.cumulative[slot] < own:
+            raise corrupt_frame(offset, "its token column does not add up")
+        suffix += own
+        walked.append((target, suffix, header.cumulative[slot] - own, header.flags, header, row))
+        if header.flags & FLAG_CUT:
+            if suffix > tail_tokens_exact:
+                break
+            if header.flags & FLAG_EXCHANGE:
+                exchanges += 1
+                if mode == MODE_LAST_N and exchanges == last_exchanges:
+                    break
+        target = header.prev_live_seq
+
+    cuts = [entry for entry in reversed(walked) if entry[3] & FLAG_CUT]
+    if not cuts:
+        raise corrupt_frame(0, "its log has no place where a window may start")
+    chosen = None
+    if mode == MODE_HYBRID:
+        # With the whole log walked, the first cut of all is where multiple 0 lands; otherwise the first cut walked
+        # is known not to fit and only serves as the predecessor of the next one.
+        for index, (seq, total, before, _, _, _) in enumerate(cuts):
+            first_of_all = index == 0 and target == 0
+            crossed = index > 0 and before // stride_tokens > cuts[index - 1][2] // stride_tokens
+            if (first_of_all or crossed) and total <= tail_tokens:
+                if seq <= exchange_seq or first_of_all:
+                    chosen = seq
+                break
+    elif mode == MODE_LAST_N:
+        starts = [entry for entry in cuts if entry[3] & FLAG_EXCHANGE]
+        if exchanges == last_exchanges and len(starts) >= last_exchanges:
+            cuts = [entry for entry in cuts if entry[0] >= starts[-last_exchanges][0]]
+    elif mode != MODE_FULL:
+        raise ValueError(f"no such mode: {mode}")
+    if chosen is None:
+        chosen = next((seq for seq, total, _, _, _, _ in cuts if total <= tail_tokens_exact), None)
+    if chosen is None:
+        return (FIT_NOTHING, cuts[-1][1])
+
+    pieces: list[bytes] = []
+    ranges: list[tuple[int, int]] = []
+    kept = [entry for entry in reversed(walked) if entry[0] >= chosen]
+    for seq, _, _, _, header, row in kept:
+        if ranges and ranges[-1][1] == seq - 1:
+            ranges[-1] = (ranges[-1][0], seq)
+        else:
+            ranges.append((seq, seq))
+        if seq > since_seq:
+            pieces.append(bytes(row[header.offset : header.end]))
+    first = kept[0]
+    return (
+        FIT_OK,
+        chosen,
+        first[1],
+        len(kept),
+        b"".join(pieces),
+        ranges,
+        first[4].prev_live_seq,
+        kept[-1][4].chain,
+    )
