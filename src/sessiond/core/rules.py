@@ -99,7 +99,7 @@ def message_flags(places: list[Any], role: int, status: int, events: list[tuple[
     elif role == ROLE_ASSISTANT and not was_open and not flags & FLAG_RESULTS:
         flags |= FLAG_CUT
     finished = status not in (STATUS_INTERRUPTED, STATUS_CANCELLED)
-    if not open_calls and (flags & FLAG_RESULTS or (role == ROLE_ASSISTANT and finished)):
+    if (role == ROLE_ASSISTANT and finished) or (flags & FLAG_RESULTS and not open_calls):
         flags |= FLAG_BOUNDARY
     return flags
 
