@@ -147,6 +147,12 @@ REASONS: dict[str, Reason] = {
     "STATE_ETAG_MISMATCH": Reason(
         Conflict, "ABORTED", "Read the session again and repeat the change on its new state."
     ),
+    "SESSION_ARCHIVED": Reason(
+        Denied, "FAILED_PRECONDITION", "The session expired and is read-only; fork it or make a new one."
+    ),
+    "DURABILITY_REFUSED": Reason(
+        Invalid, "INVALID_ARGUMENT", "The session's policy admits only CLOUD appends; ask for CLOUD or leave it out."
+    ),
     "NOT_OWNER": Reason(
         Unavailable, "UNAVAILABLE", "Send the call to the owning node, or wait until it releases the session.", 1000
     ),

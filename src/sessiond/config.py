@@ -1,0 +1,175 @@
+"""Settings: frozen data, units in the names, one place where defaults stand. Opens nothing and starts nothing."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import socket
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import msgspec
+
+from sessiond.errors import Invalid
+
+
+class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a daemon is started with. Every field is a key of sessiond.toml and, as SESSIOND_<KEY>, of the environment."""
+
+    data_dir: str = "sessiond-data"
+    cloud: str = ""
+    listen: str = "127.0.0.1:7443"
+    node_name: str = ""
+    s3_endpoint: str = ""
+    s3_region: str = ""
+    s3_path_style: bool | None = None
+    hash_key: str = ""
+    map_size_bytes: int = 64 * 1024**3
+    readers_max: int = 1024
+    turn_bytes_max: int = 1024**2
+    request_bytes_max: int = 8 * 1024**2
+    concurrent_calls_max: int = 4096
+    flush_interval_ms: int = 1000
+    flush_threads: int = 4
+    commit_group_max: int = 64
+    lease_ms: int = 4000
+    drain_grace_ms: int = 30_000
+    store_connect_timeout_ms: int = 2000
+    store_read_timeout_ms: int = 10_000
+    default_budget_tokens: int = 0
+    log_level: str = "info"
+
+    @property
+    def cloud_url(self) -> str:
+        """The cloud tier's URL: as set, else a folder beside the hot tier's."""
+        return self.cloud or f"file://{Path(self.data_dir).absolute() / 'cloud'}"
+
+    @property
+    def hot_dir(self) -> Path:
+        """Where the LMDB environment lives."""
+        return Path(self.data_dir).absolute() / "hot"
+
+    @property
+    def node(self) -> str:
+        """The node's name: as set, else the host's."""
+        return self.node_name or socket.gethostname()
+
+
+_RANGES: dict[str, tuple[int, int]] = {
+    "map_size_bytes": (16 * 1024**2, 16 * 1024**4),
+    "readers_max": (64, 65_536),
+    "turn_bytes_max": (1024, 16 * 1024**2),
+    "request_bytes_max": (4096, 32 * 1024**2),
+    "concurrent_calls_max": (1, 1_000_000),
+    "flush_interval_ms": (1, 3_600_000),
+    "flush_threads": (1, 64),
+    "commit_group_max": (1, 1024),
+    "lease_ms": (500, 600_000),
+    "drain_grace_ms": (0, 3_600_000),
+    "store_connect_timeout_ms": (10, 600_000),
+    "store_read_timeout_ms": (10, 600_000),
+    "default_budget_tokens": (0, 2**31 - 1),
+}
+_TYPES = get_type_hints(Settings)
+_KEYS = tuple(Settings.__struct_fields__)
+# Names under SESSIOND_ that are not settings.
+_OTHER_VARIABLES = {"SERVER", "PURE", "DEBUG", "CONFIG"}
+
+
+def load(path: str | None, environment: Mapping[str, str], options: Mapping[str, Any]) -> Settings:
+    """Settings from a TOML file, then SESSIOND_ variables, then command-line options; later ones win.
+
+    options: by field name; None means not given. Raises Invalid UNKNOWN_CONFIG_KEY or INVALID_CONFIG, naming the key.
+    """
+    values: dict[str, Any] = {}
+    if path:
+        try:
+            with open(path, "rb") as file:
+                values = tomllib.load(file)
+        except OSError as error:
+            raise Invalid(
+                "INVALID_CONFIG", f"The configuration file {path} can't be read: {error.strerror}.",
+                fields=[("config", str(error.strerror))],
+            ) from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise Invalid(
+                "INVALID_CONFIG", f"The configuration file {path} is not TOML: {error}.", fields=[("config", str(error))]
+            ) from error
+        for key in values:
+            if key not in _KEYS:
+                raise _unknown(key, f"in {path}")
+    for name, text in environment.items():
+        if not name.startswith("SESSIOND_") or name.removeprefix("SESSIOND_") in _OTHER_VARIABLES:
+            continue
+        key = name.removeprefix("SESSIOND_").lower()
+        if key not in _KEYS:
+            raise _unknown(key, f"in the environment as {name}")
+        values[key] = _from_text(key, text, name)
+    values.update({key: value for key, value in options.items() if value is not None})
+    try:
+        settings = msgspec.convert(values, Settings, strict=True)
+    except msgspec.ValidationError as error:
+        raise Invalid("INVALID_CONFIG", f"The configuration is wrong: {error}.", fields=[("config", str(error))]) from error
+    return check(settings)
+
+
+def check(settings: Settings) -> Settings:
+    """The same settings, if every value is within its range. Raises Invalid INVALID_CONFIG."""
+    for key, (low, high) in _RANGES.items():
+        value = getattr(settings, key)
+        if not low <= value <= high:
+            raise _wrong(key, f"{value} is outside {low}..{high}")
+    if settings.request_bytes_max < settings.turn_bytes_max:
+        raise _wrong("request_bytes_max", f"{settings.request_bytes_max} is below turn_bytes_max")
+    if settings.map_size_bytes % 4096:
+        raise _wrong("map_size_bytes", "it is no multiple of 4,096")
+    host, _, port = settings.listen.rpartition(":")
+    if not settings.listen.startswith("unix:") and (not host or not port.isdigit() or int(port) > 65535):
+        raise _wrong("listen", f"{settings.listen!r} is not HOST:PORT")
+    if settings.hash_key:
+        try:
+            key = bytes.fromhex(settings.hash_key)
+        except ValueError:
+            raise _wrong("hash_key", "it is not hexadecimal") from None
+        if not 16 <= len(key) <= 64:
+            raise _wrong("hash_key", f"it has {len(key)} bytes; 16 to 64 are needed")
+    if settings.log_level not in ("debug", "info", "warning", "error"):
+        raise _wrong("log_level", f"{settings.log_level!r} is none of debug, info, warning, error")
+    if not settings.node or len(settings.node) > 128 or not all(c.isalnum() or c in "._-" for c in settings.node):
+        raise _wrong("node_name", f"{settings.node!r} has other characters than letters, digits, '.', '_' and '-'")
+    return settings
+
+
+def _unknown(key: str, where: str) -> Invalid:
+    close = difflib.get_close_matches(key, _KEYS, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return Invalid(
+        "UNKNOWN_CONFIG_KEY", f"There is no setting {key!r} ({where}).{hint}", {"key": key}, [(key, "unknown setting")]
+    )
+
+
+def _wrong(key: str, what: str) -> Invalid:
+    return Invalid("INVALID_CONFIG", f"The setting {key} is wrong: {what}.", {"key": key}, [(key, what)])
+
+
+def _from_text(key: str, text: str, name: str) -> Any:
+    kind = _TYPES[key]
+    if kind is int:
+        try:
+            return int(text)
+        except ValueError:
+            raise _wrong(key, f"{name}={text!r} is no whole number") from None
+    if kind == bool | None:
+        if text.lower() in ("1", "true", "yes"):
+            return True
+        if text.lower() in ("0", "false", "no"):
+            return False
+        raise _wrong(key, f"{name}={text!r} is neither true nor false")
+    return text
+
+
+def from_environment(path: str | None, options: Mapping[str, Any]) -> Settings:
+    """`load` with this process's environment."""
+    return load(path or os.environ.get("SESSIOND_CONFIG"), os.environ, options)

@@ -1,0 +1,583 @@
+"""A session's log in the hot tier: appending inside a write transaction, reading rows inside a read transaction.
+
+It promises that an append changes everything or nothing, and that every frame it returns was verified. It never waits,
+never commits and never talks to the cloud tier.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import msgpack
+
+from sessiond import core
+from sessiond.core import rules
+from sessiond.core import state as states
+from sessiond.core.layout import (
+    BODY_DERIVED,
+    CHAIN_OFFSET,
+    DIGEST_BYTES,
+    ENCODING_SLOTS,
+    FLAG_BOUNDARY,
+    KIND_MESSAGE,
+    KIND_REWIND,
+    KIND_STATE,
+    KIND_SUMMARY,
+    ROW_BYTES_MAX,
+    Header,
+)
+from sessiond.core.manifest import CHECKPOINTS_MAX, LIFECYCLE_ACTIVE, TURN_ID_ENTRY_BYTES, TURN_IDS_MAX
+from sessiond.errors import Conflict, Corrupt, Denied, Exhausted, Invalid, NotFound, Unavailable
+from sessiond.tiers.hot.environment import Transaction
+from sessiond.tiers.hot.rows import (
+    IDS_PER_CHUNK,
+    PHASE_OWNED,
+    Head,
+    chunk_key,
+    decode_head,
+    encode_head,
+    seq_key,
+    unwrap,
+    wrap,
+)
+
+_U64_MAX: Final = (1 << 64) - 1
+_CHUNKS_KEPT: Final = TURN_IDS_MAX // IDS_PER_CHUNK + 1
+PINS_BUDGET_TOKENS: Final = 1000
+
+
+class HistoryNeeded(Exception):
+    """The rows of these seqs are not hot; fetch them from the cloud tier and try again."""
+
+    def __init__(self, first_seq: int, last_seq: int) -> None:
+        super().__init__(f"turns {first_seq} to {last_seq}")
+        self.first_seq = first_seq
+        self.last_seq = last_seq
+
+
+@dataclass(slots=True)
+class PreparedTurn:
+    """A turn that is ready to be appended: everything that needs no lock is done.
+
+    body: fields 20 to 26 as received. events: its tool calls and results. tokens, sources: one per encoding slot.
+    pins: {key: tokens per slot} of a state change. summary: (first, last, chain) that it covers. policy: set if changed.
+    """
+
+    turn_id: str
+    kind: int
+    role: int
+    status: int
+    body: bytes
+    digest: bytes
+    tokens: tuple[int, int, int]
+    sources: tuple[int, int, int]
+    events: list[tuple[bool, str]] = field(default_factory=list)
+    pins: dict[str, list[int]] = field(default_factory=dict)
+    pins_removed: list[str] = field(default_factory=list)
+    summary: tuple[int, int, bytes] | None = None
+    rewind_to: int | None = None
+    policy: dict[str, Any] | None = None
+
+
+@dataclass(slots=True)
+class Placed:
+    """Where a turn stands in the log."""
+
+    turn_id: str
+    epoch: int
+    seq: int
+    time_ms: int
+    tokens: tuple[int, int, int]
+    duplicate: bool
+
+
+@dataclass(slots=True)
+class Appended:
+    """What an append did: the turns in the order asked, and the head after it."""
+
+    turns: list[Placed]
+    head: Head
+    state: bytes
+
+
+def read_head(transaction: Transaction, h: bytes) -> Head | None:
+    """The session's head row, or None. Raises Corrupt."""
+    value = transaction.get("heads", h)
+    return None if value is None else decode_head(h, value)
+
+
+def write_head(transaction: Transaction, h: bytes, head: Head, now_ms: int) -> None:
+    """Write the head row and keep the dirty table in step with it."""
+    transaction.put("heads", h, encode_head(h, head))
+    if not head.is_dirty:
+        transaction.delete("dirty", h)
+    elif transaction.get("dirty", h) is None:
+        transaction.put("dirty", h, now_ms.to_bytes(8, "big"))
+
+
+def row_for(transaction: Transaction, h: bytes, seq: int) -> tuple[int, Any] | None:
+    """(first seq, frames) of the row that starts at or below seq; None if there is none."""
+    cursor = transaction.cursor("turns")
+    key = seq_key(h, seq)
+    if not cursor.set_range(key):
+        if not cursor.last():
+            return None
+    elif cursor.key() == key:
+        return seq, cursor.value()
+    elif not cursor.prev():
+        return None
+    found = bytes(cursor.key())
+    if found[:16] != h:
+        return None
+    return int.from_bytes(found[16:], "big"), cursor.value()
+
+
+def frame_at(transaction: Transaction, h: bytes, seq: int) -> tuple[Header, Any]:
+    """(header, buffer) of one turn. Raises HistoryNeeded if it is not hot, Corrupt if it is damaged."""
+    row = row_for(transaction, h, seq)
+    if row is not None:
+        for header in core.scan_frames(h, row[1]):
+            if header.seq == seq:
+                return header, row[1]
+    raise HistoryNeeded(seq, seq)
+
+
+def frames_between(transaction: Transaction, h: bytes, first_seq: int, last_seq: int, bytes_max: int) -> tuple[bytes, int]:
+    """(frames, last seq in them) of consecutive turns from first_seq on, about bytes_max at most but at least one.
+
+    Raises HistoryNeeded if first_seq is not hot, Corrupt if a frame is damaged or the rows have a gap.
+    """
+    row = row_for(transaction, h, first_seq)
+    if row is None:
+        raise HistoryNeeded(first_seq, last_seq)
+    pieces: list[bytes] = []
+    size, due = 0, first_seq
+    for key, value in transaction.scan("turns", h, seq_key(h, row[0])):
+        headers = core.scan_frames(h, value)
+        wanted = [header for header in headers if header.seq >= first_seq and header.seq <= last_seq]
+        if not pieces and (not wanted or wanted[0].seq != first_seq):
+            raise HistoryNeeded(first_seq, last_seq)
+        for header in wanted:
+            if header.seq != due:
+                raise Corrupt("CORRUPT_HOT_ROW", f"Turn {due} of session {h.hex()} is missing from row {key.hex()}.")
+            if pieces and size + header.end - header.offset > bytes_max:
+                return b"".join(pieces), due - 1
+            pieces.append(bytes(value[header.offset : header.end]))
+            size += header.end - header.offset
+            due += 1
+        if due > last_seq:
+            break
+    return b"".join(pieces), due - 1
+
+
+def newest_frames(
+    transaction: Transaction, h: bytes, head_seq: int, first_seq: int, bytes_wanted: int, floor_seq: int
+) -> tuple[bytes, int]:
+    """(frames, first seq) of the newest turns: all from first_seq on, and older ones down to floor_seq while they fit
+    into bytes_wanted. first seq is head_seq + 1 if nothing fits.
+
+    Raises HistoryNeeded if a turn from first_seq on is not hot, Corrupt.
+    """
+    pieces: list[bytes] = []
+    size, due = 0, head_seq
+    while due >= max(1, floor_seq):
+        row = row_for(transaction, h, due)
+        headers = [] if row is None else [header for header in core.scan_frames(h, row[1]) if header.seq <= due]
+        if row is None or not headers or headers[-1].seq != due:
+            raise HistoryNeeded(first_seq, due)
+        for header in reversed(headers):
+            length = header.end - header.offset
+            if header.seq < first_seq and (size + length > bytes_wanted or header.seq < floor_seq):
+                return b"".join(reversed(pieces)), due + 1
+            if header.seq != due:
+                raise Corrupt("CORRUPT_HOT_ROW", f"Turn {due} of session {h.hex()} is missing from its row.")
+            pieces.append(bytes(row[1][header.offset : header.end]))
+            size += length
+            due -= 1
+    return b"".join(reversed(pieces)), due + 1
+
+
+def turn_ids(transaction: Transaction, h: bytes) -> bytes:
+    """The newest turn ids, 24 bytes an entry, in order; at least the last TURN_IDS_MAX if there are as many."""
+    return b"".join(unwrap(h, "ids", value) for _, value in transaction.scan("ids", h))
+
+
+def find_turn_id(entries: bytes, id_hash: bytes) -> tuple[int, bytes] | None:
+    """(seq, start of the digest) of a turn id in such entries, newest first; None if it is not there."""
+    at = entries.rfind(id_hash)
+    while at >= 0:
+        if at % TURN_ID_ENTRY_BYTES == 0:
+            return int.from_bytes(entries[at + 16 : at + 24], "big"), entries[at + 8 : at + 16]
+        at = entries.rfind(id_hash, 0, at + len(id_hash) - 1)
+    return None
+
+
+def checkpoints(transaction: Transaction, h: bytes) -> list[tuple[int, bytes]]:
+    """(version, state) of the stored checkpoints, oldest first."""
+    return [
+        (int.from_bytes(key[16:], "big"), unwrap(h, "checkpoints", value))
+        for key, value in transaction.scan("checkpoints", h)
+    ]
+
+
+def state_at(transaction: Transaction, h: bytes, seq: int, birth_metadata: dict[str, str]) -> bytes:
+    """The state after turn `seq`: a replay from the newest checkpoint at or below it, else from the first turn.
+
+    Raises HistoryNeeded if the turns in between are not hot.
+    """
+    state, cursor = states.genesis(h, birth_metadata), 0
+    for version, saved in checkpoints(transaction, h):
+        if cursor < version & 0xFFFFFFFF <= seq:
+            state, cursor = saved, version & 0xFFFFFFFF
+    while cursor < seq:
+        frames, cursor = frames_between(transaction, h, cursor + 1, seq, 1 << 20)
+        state = core.replay(h, state, frames)
+    return state
+
+
+def check_writable(head: Head | None, session: str) -> Head:
+    """The head, if this node may append to it. Raises NotFound, Unavailable, Denied."""
+    if head is None:
+        raise NotFound("SESSION_NOT_FOUND", f"There is no session {session!r}.", {"session_id": session})
+    if head.phase != PHASE_OWNED:
+        raise Unavailable("NOT_OWNER", f"This node does not own session {session!r} now.", {"session_id": session})
+    if head.lifecycle != LIFECYCLE_ACTIVE:
+        raise Denied("SESSION_ARCHIVED", f"Session {session!r} is archived.", {"session_id": session})
+    return head
+
+
+def append(
+    transaction: Transaction,
+    h: bytes,
+    session: str,
+    turns: Sequence[PreparedTurn],
+    expected: tuple[int, int] | None,
+    state_etag: tuple[int, int] | None,
+    now_ms: int,
+    birth_metadata: Callable[[], dict[str, str]],
+) -> Appended:
+    """Append turns of one session, all or none, inside a write transaction.
+
+    expected: (epoch or 0, seq) of the head that the caller believes in. state_etag: (epoch, seq) of the last state turn.
+    Raises NotFound, Unavailable NOT_OWNER, Conflict (TURN_ID_REUSED, EXPECTED_MISMATCH, STATE_ETAG_MISMATCH), Invalid,
+    Exhausted PINS_FULL, HistoryNeeded, Corrupt; nothing is written then.
+    """
+    head = check_writable(read_head(transaction, h), session)
+    entries = turn_ids(transaction, h)
+    placed: list[Placed | None] = []
+    fresh: list[PreparedTurn] = []
+    hashes: list[bytes] = []
+    for turn in turns:
+        id_hash = rules.turn_id_hash(h, turn.turn_id)
+        found = find_turn_id(entries, id_hash)
+        if found is None:
+            placed.append(None)
+            fresh.append(turn)
+            hashes.append(id_hash)
+        else:
+            placed.append(_duplicate(transaction, h, turn, *found))
+    if not fresh:
+        return Appended([item for item in placed if item is not None], head, head.state)
+
+    places = states.decode_places(head.state)
+    if expected is not None and (expected[1] != head.head_seq or expected[0] not in (0, places[2])):
+        raise Conflict(
+            "EXPECTED_MISMATCH",
+            f"The head of session {session!r} is turn {head.head_seq} of epoch {places[2]},"
+            f" not turn {expected[1]} of epoch {expected[0]}.",
+            {"head_seq": str(head.head_seq), "head_epoch": str(places[2]), "expected_seq": str(expected[1])},
+            [("expected", f"the head is (epoch {places[2]}, seq {head.head_seq})")],
+        )
+    if state_etag is not None and list(state_etag) != places[17]:
+        raise Conflict(
+            "STATE_ETAG_MISMATCH",
+            f"The state of session {session!r} was changed at turn {places[17][1]} of epoch {places[17][0]}.",
+            {"etag": f"{places[17][0]}-{places[17][1]}"},
+            [("etag", "it names an older state")],
+        )
+    sealed = _Sealed(transaction, h, head, places, now_ms, birth_metadata)
+    for turn in fresh:
+        sealed.add(turn)
+    sealed.write(hashes, fresh)
+    queue = iter(sealed.placed)
+    return Appended([item if item is not None else next(queue) for item in placed], head, head.state)
+
+
+def _duplicate(transaction: Transaction, h: bytes, turn: PreparedTurn, seq: int, digest_start: bytes) -> Placed:
+    if digest_start != turn.digest[:8]:
+        raise Conflict(
+            "TURN_ID_REUSED",
+            f"The turn_id {turn.turn_id!r} was used for turn {seq} with other content.",
+            {"turn_id": turn.turn_id, "seq": str(seq)},
+            [("turns.turn_id", f"used for turn {seq} with other content")],
+        )
+    header, _ = frame_at(transaction, h, seq)
+    if header.digest != turn.digest:
+        raise Conflict(
+            "TURN_ID_REUSED",
+            f"The turn_id {turn.turn_id!r} was used for turn {seq} with other content.",
+            {"turn_id": turn.turn_id, "seq": str(seq)},
+            [("turns.turn_id", f"used for turn {seq} with other content")],
+        )
+    return Placed(turn.turn_id, header.epoch, seq, header.time_ms, header.tokens, True)
+
+
+class _Sealed:
+    """The frames of one append as they are made, before any of them is written."""
+
+    def __init__(
+        self,
+        transaction: Transaction,
+        h: bytes,
+        head: Head,
+        places: list[Any],
+        now_ms: int,
+        birth_metadata: Callable[[], dict[str, str]],
+    ) -> None:
+        self.transaction = transaction
+        self.h = h
+        self.head = head
+        self.places = places
+        self.state = head.state
+        # A clock that steps back must not reorder a log.
+        self.time_ms = max(now_ms, places[21])
+        self.birth_metadata = birth_metadata
+        self.placed: list[Placed] = []
+        self.frames: list[bytes] = []
+        self.boundaries: list[tuple[int, bytes]] = []
+
+    def add(self, turn: PreparedTurn) -> None:
+        """Seal one turn after the ones before it. Raises Invalid, Exhausted, HistoryNeeded."""
+        places = self.places
+        seq = places[1] + 1
+        derived = b""
+        if turn.kind == KIND_MESSAGE:
+            flags = rules.message_flags(places, turn.role, turn.status, turn.events)
+        else:
+            applies = turn.summary is not None and rules.summary_applies(
+                places, turn.summary[0], turn.summary[1], self._chain_at(turn.summary[1]), turn.summary[2]
+            )
+            flags = rules.other_flags(turn.kind, applies)
+            if turn.kind == KIND_REWIND:
+                derived = self._restored(turn.rewind_to or 0)
+            elif turn.kind == KIND_STATE and turn.pins:
+                derived = msgpack.packb(turn.pins, use_bin_type=True)
+                self._check_pins(turn)
+            elif turn.kind == KIND_SUMMARY and turn.summary is None:
+                raise Invalid("INVALID_TURN", "The summary does not say what it covers.")
+        body = turn.body
+        if derived:
+            body += _length_delimited(BODY_DERIVED, derived)
+        live = rules.is_live(turn.kind, turn.role)
+        cumulative = [places[4][slot] + (turn.tokens[slot] if live else 0) for slot in range(ENCODING_SLOTS)]
+        if max(cumulative) > _U64_MAX:
+            raise Exhausted("OVERLOADED", "The session's token column is full.")
+        chain = rules.next_chain(places[3], turn.digest)
+        frame = core.seal_frame(
+            self.h,
+            seq,
+            self.head.epoch,
+            self.time_ms,
+            turn.kind,
+            turn.role,
+            turn.status,
+            flags,
+            places[5],
+            cumulative,
+            turn.tokens,
+            turn.sources,
+            turn.digest,
+            chain,
+            body,
+        )
+        self.state = core.replay(self.h, self.state, frame)
+        self.places = states.decode_places(self.state)
+        self.frames.append(frame)
+        self.placed.append(Placed(turn.turn_id, self.head.epoch, seq, self.time_ms, turn.tokens, False))
+        if flags & FLAG_BOUNDARY:
+            self.boundaries.append((self.head.epoch << 32 | seq, self.state))
+        if turn.policy is not None:
+            self.head.policy = turn.policy
+            self.head.changes += 1
+
+    def _chain_at(self, seq: int) -> bytes | None:
+        if not 1 <= seq <= self.places[1]:
+            return None
+        if seq > self.head.head_seq:
+            frame = self.frames[seq - self.head.head_seq - 1]
+            return frame[CHAIN_OFFSET : CHAIN_OFFSET + DIGEST_BYTES]
+        return frame_at(self.transaction, self.h, seq)[0].chain
+
+    def _restored(self, to_seq: int) -> bytes:
+        places = self.places
+        if to_seq > places[1] or any(low <= to_seq <= high for low, high in places[20]):
+            raise Invalid(
+                "INVALID_REWIND",
+                f"Turn {to_seq} is not in force: the head is turn {places[1]}.",
+                {"to_seq": str(to_seq), "head_seq": str(places[1])},
+                [("turns.rewind.to_seq", "not a turn that is in force")],
+            )
+        if to_seq > self.head.head_seq:
+            base = self.head.state
+            joined = b"".join(self.frames[: to_seq - self.head.head_seq])
+            return states.restored_bytes(states.decode_places(core.replay(self.h, base, joined)))
+        base = state_at(self.transaction, self.h, to_seq, self.birth_metadata())
+        return states.restored_bytes(states.decode_places(base))
+
+    def _check_pins(self, turn: PreparedTurn) -> None:
+        pins = {key: value[3:] for key, value in self.places[12].items() if key not in turn.pins_removed}
+        pins.update(turn.pins)
+        limit = int(self.head.policy.get("pins_budget_tokens") or PINS_BUDGET_TOKENS)
+        total = max(sum(counts[slot] for counts in pins.values()) for slot in range(ENCODING_SLOTS))
+        if total > limit:
+            raise Exhausted(
+                "PINS_FULL",
+                f"The pinned facts would take {total} tokens; the limit is {limit}.",
+                {"tokens": str(total), "limit": str(limit)},
+                [("change.pins", f"{total} tokens in all, over the limit of {limit}")],
+            )
+
+    def write(self, hashes: Sequence[bytes], turns: Sequence[PreparedTurn]) -> None:
+        """Put everything into the transaction: rows, ids, checkpoints, head."""
+        head, h, transaction = self.head, self.h, self.transaction
+        first_seq = head.head_seq + 1
+        append_rows(transaction, h, head, first_seq, self.frames)
+        entries = [
+            id_hash + turn.digest[:8] + (first_seq + index).to_bytes(8, "big")
+            for index, (id_hash, turn) in enumerate(zip(hashes, turns, strict=True))
+        ]
+        append_ids(transaction, h, first_seq, entries)
+        head.head_seq += len(self.frames)
+        head.state = self.state
+        write_checkpoints(transaction, h, self.boundaries)
+        write_head(transaction, h, head, self.time_ms)
+
+
+def append_rows(transaction: Transaction, h: bytes, head: Head, first_seq: int, frames: Sequence[bytes]) -> None:
+    """Add frames behind the tail row, starting new rows where they no longer fit; moves head.tail_row and hot_first."""
+    row, row_seq = b"", 0
+    if head.tail_row:
+        row_seq = head.tail_row
+        row = bytes(transaction.get("turns", seq_key(h, row_seq)) or b"")
+    elif head.hot_first > first_seq or head.hot_first == 0:
+        head.hot_first = first_seq
+    changed = False
+    for index, frame in enumerate(frames):
+        if row and len(row) + len(frame) > ROW_BYTES_MAX:
+            if changed:
+                transaction.put("turns", seq_key(h, row_seq), row)
+            row = b""
+        if not row:
+            row_seq = first_seq + index
+        row += frame
+        changed = True
+    if changed:
+        transaction.put("turns", seq_key(h, row_seq), row)
+    head.tail_row = row_seq
+
+
+def append_ids(transaction: Transaction, h: bytes, first_seq: int, entries: Sequence[bytes]) -> None:
+    """Add the turn ids of consecutive turns; drops chunks that lie wholly behind the horizon."""
+    chunks: dict[int, list[bytes]] = {}
+    for index, entry in enumerate(entries):
+        chunks.setdefault((first_seq + index - 1) // IDS_PER_CHUNK, []).append(entry)
+    for chunk, added in chunks.items():
+        key = chunk_key(h, chunk)
+        value = transaction.get("ids", key)
+        known = b"" if value is None else unwrap(h, "ids", value)
+        transaction.put("ids", key, wrap(h, "ids", known + b"".join(added)))
+    newest = max(chunks)
+    if min(chunks) != newest or len(chunks[newest]) == 1 or (first_seq - 1) % IDS_PER_CHUNK == 0:
+        old = [key for key, _ in transaction.scan("ids", h) if int.from_bytes(key[16:], "big") < newest - _CHUNKS_KEPT]
+        for key in old:
+            transaction.delete("ids", key)
+
+
+def write_checkpoints(transaction: Transaction, h: bytes, boundaries: Sequence[tuple[int, bytes]]) -> None:
+    """Add checkpoints and keep the newest CHECKPOINTS_MAX."""
+    if not boundaries:
+        return
+    for version, state in boundaries[-CHECKPOINTS_MAX:]:
+        transaction.put("checkpoints", seq_key(h, version), wrap(h, "checkpoints", state))
+    kept = [key for key, _ in transaction.scan("checkpoints", h)]
+    for key in kept[:-CHECKPOINTS_MAX]:
+        transaction.delete("checkpoints", key)
+
+
+def _length_delimited(number: int, payload: bytes) -> bytes:
+    return _varint(number << 3 | 2) + _varint(len(payload)) + payload
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def replace_rows(
+    transaction: Transaction,
+    h: bytes,
+    head: Head,
+    kept_frames: bytes,
+    inline_frames: bytes,
+    inline_first: int,
+    ids: bytes,
+    saved: Sequence[Sequence[Any]],
+) -> None:
+    """Make the tables hold a session as the cloud tier has it, instead of whatever they held: hydration.
+
+    kept_frames: single turns before inline_first that a window needs. ids: entries as in the manifest's turn_ids.
+    """
+    drop_rows(transaction, h)
+    head.tail_row, head.hot_first = 0, inline_first
+    for header in core.scan_frames(h, kept_frames):
+        transaction.put("turns", seq_key(h, header.seq), kept_frames[header.offset : header.end])
+    frames = [inline_frames[header.offset : header.end] for header in core.scan_frames(h, inline_frames)]
+    append_rows(transaction, h, head, inline_first, frames)
+    by_chunk: dict[int, list[bytes]] = {}
+    for at in range(0, len(ids), TURN_ID_ENTRY_BYTES):
+        entry = ids[at : at + TURN_ID_ENTRY_BYTES]
+        by_chunk.setdefault((int.from_bytes(entry[16:], "big") - 1) // IDS_PER_CHUNK, []).append(entry)
+    for chunk, entries in by_chunk.items():
+        transaction.put("ids", chunk_key(h, chunk), wrap(h, "ids", b"".join(entries)))
+    for version, state in saved:
+        transaction.put("checkpoints", seq_key(h, version), wrap(h, "checkpoints", state))
+
+
+def backfill_rows(transaction: Transaction, h: bytes, frames: bytes, first_seq: int) -> bool:
+    """Add older turns, fetched from the cloud tier, in front of the hot ones; False if they no longer join them."""
+    head = read_head(transaction, h)
+    headers = core.scan_frames(h, frames)
+    if head is None or not headers or headers[0].seq != first_seq or not first_seq < head.hot_first <= headers[-1].seq + 1:
+        return False
+    wanted = [header for header in headers if header.seq < head.hot_first]
+    stale = [key for key, _ in transaction.scan("turns", h) if int.from_bytes(key[16:], "big") < head.hot_first]
+    for key in stale:
+        if int.from_bytes(key[16:], "big") >= first_seq:
+            transaction.delete("turns", key)
+    row, row_seq = b"", 0
+    for header in wanted:
+        frame = frames[header.offset : header.end]
+        if row and len(row) + len(frame) > ROW_BYTES_MAX:
+            transaction.put("turns", seq_key(h, row_seq), row)
+            row = b""
+        if not row:
+            row_seq = header.seq
+        row += frame
+    if row:
+        transaction.put("turns", seq_key(h, row_seq), row)
+    head.hot_first = first_seq
+    transaction.put("heads", h, encode_head(h, head))
+    return True
+
+
+def drop_rows(transaction: Transaction, h: bytes) -> None:
+    """Remove every row of a session but its head."""
+    for table in ("turns", "ids", "checkpoints", "manifests"):
+        for key in [key for key, _ in transaction.scan(table, h)]:
+            transaction.delete(table, key)
