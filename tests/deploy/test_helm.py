@@ -1,4 +1,4 @@
-"""The chart renders to objects that Kubernetes knows, to a configuration that the daemon takes, and refuses nonsense."""
+"""The chart becomes objects that Kubernetes knows and a configuration that the daemon takes, and refuses nonsense."""
 
 from __future__ import annotations
 

@@ -20,12 +20,12 @@ KNOWN = {
     "Unit": "After Description Documentation StartLimitBurst StartLimitIntervalSec Wants",
     "Service": """
         AmbientCapabilities CapabilityBoundingSet DevicePolicy DynamicUser Environment EnvironmentFile ExecStart
-        KillMode KillSignal LimitNOFILE LockPersonality MemoryDenyWriteExecute NoNewPrivileges NotifyAccess PrivateDevices
-        PrivateIPC PrivateMounts PrivateTmp PrivateUsers ProtectClock ProtectControlGroups ProtectHome ProtectHostname
-        ProtectKernelLogs ProtectKernelModules ProtectKernelTunables ProtectProc ProtectSystem RemoveIPC Restart RestartSec
-        RestrictAddressFamilies RestrictNamespaces RestrictRealtime RestrictSUIDSGID StateDirectory StateDirectoryMode
-        SystemCallArchitectures SystemCallErrorNumber SystemCallFilter TimeoutStopSec Type UMask User WatchdogSec
-        WorkingDirectory
+        KillMode KillSignal LimitNOFILE LockPersonality MemoryDenyWriteExecute NoNewPrivileges NotifyAccess
+        PrivateDevices PrivateIPC PrivateMounts PrivateTmp PrivateUsers ProtectClock ProtectControlGroups
+        ProtectHome ProtectHostname ProtectKernelLogs ProtectKernelModules ProtectKernelTunables ProtectProc
+        ProtectSystem RemoveIPC Restart RestartSec RestrictAddressFamilies RestrictNamespaces RestrictRealtime
+        RestrictSUIDSGID StateDirectory StateDirectoryMode SystemCallArchitectures SystemCallErrorNumber
+        SystemCallFilter TimeoutStopSec Type UMask User WatchdogSec WorkingDirectory
         """,
     "Install": "WantedBy",
 }
@@ -41,7 +41,8 @@ def unit() -> dict[str, dict[str, list[str]]]:
         if header := re.fullmatch(r"\[(\w+)\]", line):
             sections[header[1]] = defaultdict(list)
             continue
-        assert (pair := re.fullmatch(r"(\w+)=(.*)", line)), f"line {number} is neither section, key nor comment: {line}"
+        pair = re.fullmatch(r"(\w+)=(.*)", line)
+        assert pair, f"line {number} is neither section, key nor comment: {line}"
         sections[list(sections)[-1]][pair[1]].append(pair[2])
     return sections
 
