@@ -156,6 +156,7 @@ REASONS: dict[str, Reason] = {
     "NOT_OWNER": Reason(
         Unavailable, "UNAVAILABLE", "Send the call to the owning node, or wait until it releases the session.", 1000
     ),
+    "EPOCH_LOST": Reason(Conflict, "ABORTED", "Another node wrote this session first; send the call again."),
     "EPOCH_FENCED": Reason(
         Unavailable, "UNAVAILABLE", "Another node took the session over; send the call again.", 200
     ),

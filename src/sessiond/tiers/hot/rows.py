@@ -15,6 +15,8 @@ PHASE_CLAIMING: Final = 1
 PHASE_OWNED: Final = 2
 PHASE_RELEASING: Final = 3
 PHASE_RELEASED: Final = 4
+# Another node took the session over; unflushed rows are kept for rescue and never served.
+PHASE_FENCED: Final = 5
 
 DURABILITY_EDGE: Final = 1
 DURABILITY_CLOUD: Final = 2

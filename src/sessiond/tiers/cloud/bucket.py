@@ -1,0 +1,160 @@
+"""What a bucket is called by: its identity in bucket.json, and the keys of every kind of object.
+
+It promises that a daemon with another hash key, or of an older format, never starts on a bucket. It never lists.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from typing import Any, Final
+
+from sessiond.errors import Conflict, Corrupt, Denied, Invalid, NotFound, SessiondError, Unavailable
+from sessiond.tiers.cloud.store import (
+    Ambiguous,
+    BucketMissing,
+    ObjectNotFound,
+    ObjectStore,
+    PreconditionLost,
+    StoreDenied,
+    StoreError,
+)
+
+FORMAT_VERSION: Final = 1
+BUCKET_KEY: Final = "bucket.json"
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """A bucket's identity. store_id: 16 bytes. hash_key: 32 bytes or as configured."""
+
+    store_id: bytes
+    hash_key: bytes
+
+    def user_hash(self, tenant: str, user: str) -> bytes:
+        """16 bytes that stand for a user of a tenant in keys."""
+        data = len(tenant.encode()).to_bytes(2, "big") + tenant.encode() + user.encode()
+        return hashlib.blake2b(data, digest_size=16, key=self.hash_key, person=b"user").digest()
+
+    def tenant_hash(self, tenant: str) -> bytes:
+        """16 bytes that stand for a tenant in keys."""
+        return hashlib.blake2b(tenant.encode(), digest_size=16, key=self.hash_key, person=b"tenant").digest()
+
+    def user_prefix(self, tenant: str, user: str | None) -> str:
+        """Prefix of the index by user; of the whole tenant without a user."""
+        prefix = f"u/{self.tenant_hash(tenant).hex()}/"
+        return prefix if user is None else f"{prefix}{self.user_hash(tenant, user).hex()}/"
+
+    def user_index_key(self, tenant: str, user: str, created_ms: int, h: bytes) -> str:
+        """Key of a session's row in the index by user; ascending by creation within a user."""
+        return f"{self.user_prefix(tenant, user)}{created_ms:012x}-{h.hex()}"
+
+
+def manifest_key(h: bytes) -> str:
+    """Key of a session's manifest."""
+    return f"m/{h.hex()}"
+
+
+def segment_key(h: bytes, epoch: int, first_seq: int, sha256: bytes) -> str:
+    """Key of an immutable segment; names are never used again."""
+    return f"s/{h.hex()}/{epoch:08x}-{first_seq:016x}-{sha256.hex()}"
+
+
+def segment_index_key(h: bytes, mutation: int, sha256: bytes) -> str:
+    """Key of the object that a manifest's older segment rows were moved to."""
+    return f"s/{h.hex()}/index-{mutation:016x}-{sha256.hex()}"
+
+
+def lease_key(node: str) -> str:
+    """Key of a node's lease."""
+    return f"n/{node}"
+
+
+def refusal(error: StoreError) -> SessiondError:
+    """What a store's error means to whoever asked for a session."""
+    where = {"object": error.key, "detail": error.detail}
+    if isinstance(error, StoreDenied):
+        return Denied("STORE_DENIED", f"The cloud tier refuses access to {error.key}: {error.detail}.", where)
+    if isinstance(error, BucketMissing):
+        return Unavailable("STORE_UNAVAILABLE", f"The bucket itself is missing: {error.detail}.", where)
+    if isinstance(error, Ambiguous):
+        return Unavailable("COMMIT_UNKNOWN", f"The write of {error.key} has no known outcome: {error.detail}.", where)
+    if isinstance(error, PreconditionLost):
+        return Conflict("EPOCH_LOST", f"Another writer changed {error.key} first.", where)
+    return Unavailable(
+        "STORE_UNAVAILABLE",
+        f"The cloud tier did not answer for {error.key}: {error.detail}.",
+        where,
+        retry_after_ms=error.retry_after_ms,
+    )
+
+
+def _check_value(hash_key: bytes) -> str:
+    return hashlib.blake2b(b"check", digest_size=16, key=hash_key, person=b"hash key").hexdigest()
+
+
+def _checksum(fields: dict[str, Any]) -> str:
+    rest = {key: value for key, value in fields.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def open_bucket(store: ObjectStore, configured_key: bytes, now_ms: int) -> Bucket:
+    """The bucket's identity, made once if there is none. configured_key: empty to use or make the bucket's own.
+
+    Raises Invalid WRONG_HASH_KEY, Corrupt NEWER_FORMAT or CORRUPT_MANIFEST, and as the store does.
+    """
+    for _ in range(3):
+        try:
+            stored = store.get(BUCKET_KEY).body
+        except ObjectNotFound:
+            hash_key = configured_key or os.urandom(32)
+            fields: dict[str, Any] = {
+                "format": FORMAT_VERSION,
+                "store_id": os.urandom(16).hex(),
+                "hash_key": None if configured_key else hash_key.hex(),
+                "hash_key_check": _check_value(hash_key),
+                "created_unix_ms": now_ms,
+            }
+            fields["checksum"] = _checksum(fields)
+            try:
+                store.put(BUCKET_KEY, json.dumps(fields, indent=1).encode() + b"\n", if_absent=True)
+            except (PreconditionLost, Ambiguous):
+                pass  # whoever won, the next read tells
+            except StoreError as error:
+                raise _start_refusal(error) from error
+            continue
+        except StoreError as error:
+            raise _start_refusal(error) from error
+        return _parse(stored, configured_key, store.url)
+    raise Unavailable("STORE_UNAVAILABLE", f"{BUCKET_KEY} of {store.url} could neither be read nor made.")
+
+
+def _start_refusal(error: StoreError) -> SessiondError:
+    if isinstance(error, BucketMissing):
+        return NotFound("BUCKET_NOT_FOUND", f"There is no such bucket: {error.detail}.", {"detail": error.detail})
+    return refusal(error)
+
+
+def _parse(stored: bytes, configured_key: bytes, url: str) -> Bucket:
+    where = {"object": BUCKET_KEY, "store": url}
+    try:
+        fields = json.loads(stored)
+        version, checksum = int(fields["format"]), str(fields["checksum"])
+        if version <= FORMAT_VERSION and _checksum(fields) != checksum:
+            raise ValueError("its checksum does not match")
+        store_id = bytes.fromhex(fields["store_id"])
+        kept_key = bytes.fromhex(fields["hash_key"] or "")
+        check = str(fields["hash_key_check"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Corrupt("CORRUPT_MANIFEST", f"The object {BUCKET_KEY} of {url} is damaged: {error}.", where) from error
+    if version > FORMAT_VERSION:
+        raise Corrupt(
+            "NEWER_FORMAT", f"The bucket {url} has format {version}; this release reads {FORMAT_VERSION}.", where
+        )
+    hash_key = configured_key or kept_key
+    if not hash_key or _check_value(hash_key) != check:
+        what = "needs a hash_key in the configuration" if not hash_key else "was made with another hash key"
+        raise Invalid("WRONG_HASH_KEY", f"The bucket {url} {what}.", where, [("hash_key", what)])
+    return Bucket(store_id, hash_key)

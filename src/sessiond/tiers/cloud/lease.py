@@ -1,0 +1,205 @@
+"""A node's lease: one object that says which hot tier this node name stands for, renewed while the daemon lives.
+
+It promises that two live daemons never hold the same node name, and that `is_valid` is true only within the lease after
+a definite renewal. It never decides about a session.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from sessiond.core import envelope
+from sessiond.errors import Unavailable
+from sessiond.tiers.cloud.bucket import lease_key, refusal
+from sessiond.tiers.cloud.store import Ambiguous, ObjectNotFound, ObjectStore, PreconditionLost, StoreError
+
+# DESIGN.md, "Steal": the lease object must have stood still for this many lease times.
+STANDSTILL_LEASES = 3
+
+
+def boot_clock_ms() -> int:
+    """Milliseconds since boot, time asleep included."""
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000_000
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path) as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+
+def process_identity() -> dict[str, Any]:
+    """What tells this process from any other on this boot of this machine."""
+    with contextlib.suppress(OSError):
+        namespace = os.readlink("/proc/self/ns/pid")
+        return {
+            "boot_id": _read("/proc/sys/kernel/random/boot_id"),
+            "machine_id": _read("/etc/machine-id"),
+            "pid_namespace": namespace,
+            "pid": os.getpid(),
+            "start_ticks": _start_ticks(os.getpid()),
+        }
+    return {"boot_id": "", "machine_id": "", "pid_namespace": "", "pid": os.getpid(), "start_ticks": 0}
+
+
+def _start_ticks(pid: int) -> int:
+    stat = _read(f"/proc/{pid}/stat")
+    if not stat:
+        return 0
+    state, *rest = stat[stat.rindex(")") + 2 :].split()
+    return 0 if state in "ZX" else int(rest[18])
+
+
+def is_alive(holder: dict[str, Any]) -> bool | None:
+    """Whether the process that wrote this lease lives: True, False, or None where it can't be known from here."""
+    mine = process_identity()
+    same_machine = bool(mine["machine_id"] or mine["boot_id"])
+    if holder.get("boot_id") == mine["boot_id"] and mine["boot_id"]:
+        if holder.get("pid_namespace") != mine["pid_namespace"]:
+            return None
+        ticks = _start_ticks(int(holder.get("pid", 0)))
+        return ticks != 0 and ticks == holder.get("start_ticks")
+    if same_machine and mine["machine_id"] and holder.get("machine_id") == mine["machine_id"]:
+        return False  # the machine was booted since
+    return None
+
+
+class Lease:
+    """This node's lease. `acquire` once, then `start`; `is_valid` from any thread."""
+
+    def __init__(
+        self,
+        store: ObjectStore,
+        node: str,
+        incarnation: bytes,
+        address: str,
+        lease_ms: int,
+        on_lost: Callable[[], None],
+        wait: Callable[[float], object] = time.sleep,
+        clock_ms: Callable[[], int] = boot_clock_ms,
+    ) -> None:
+        self._store = store
+        self._key = lease_key(node)
+        self._lease_ms = lease_ms
+        self._on_lost = on_lost
+        self._wait = wait
+        self._clock_ms = clock_ms
+        self._etag = ""
+        self._renewals = 0
+        self._valid_until_ms = 0
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._fields: dict[str, Any] = {
+            "v": 1,
+            "node": node,
+            "incarnation": incarnation,
+            "address": address,
+            "lease_ms": lease_ms,
+            "released": False,
+            **process_identity(),
+        }
+        self.lost = False
+
+    def acquire(self) -> None:
+        """Take the node's name. A predecessor that is provably gone, or stood still long enough, is fenced by it.
+
+        Raises Unavailable NODE_NAME_IN_USE, and as the store does.
+        """
+        stood_still_since: tuple[str, int] | None = None
+        while True:
+            sent_ms = self._clock_ms()
+            try:
+                found = self._store.get(self._key)
+            except ObjectNotFound:
+                found = None
+            except StoreError as error:
+                raise refusal(error) from error
+            try:
+                if found is None:
+                    self._write(sent_ms, if_absent=True)
+                    return
+                holder, _ = envelope.unseal(found.body, envelope.KIND_LEASE, self._key)
+                alive = False if holder.get("released") else is_alive(holder)
+                mine = holder.get("pid") == os.getpid() and holder.get("start_ticks") == self._fields["start_ticks"]
+                if alive and not mine:
+                    raise Unavailable(
+                        "NODE_NAME_IN_USE",
+                        f"Process {holder.get('pid')} serves as node {self._fields['node']!r} on this bucket.",
+                        {"node": str(self._fields["node"]), "pid": str(holder.get("pid"))},
+                        [("node_name", "in use by a live process")],
+                    )
+                if alive is None:
+                    wait_ms = STANDSTILL_LEASES * int(holder.get("lease_ms", self._lease_ms))
+                    if stood_still_since is None or stood_still_since[0] != found.etag:
+                        stood_still_since = (found.etag, sent_ms)
+                    if sent_ms - stood_still_since[1] < wait_ms:
+                        self._wait(min(wait_ms, self._lease_ms) / 4000)
+                        continue
+                self._renewals = int(holder.get("renewals", 0))
+                self._write(sent_ms, if_match=found.etag)
+                return
+            except (PreconditionLost, Ambiguous):
+                self._wait(0.05)  # read again and see who it was
+            except StoreError as error:
+                raise refusal(error) from error
+
+    def _write(self, sent_ms: int, *, if_absent: bool = False, if_match: str | None = None) -> None:
+        self._renewals += 1
+        body = envelope.seal(envelope.KIND_LEASE, {**self._fields, "renewals": self._renewals})
+        self._etag = self._store.put(self._key, body, if_absent=if_absent, if_match=if_match)
+        self._valid_until_ms = sent_ms + self._lease_ms
+
+    def start(self) -> None:
+        """Renew in the background, three times a lease."""
+        self._thread = threading.Thread(target=self._renew_loop, name="lease", daemon=True)
+        self._thread.start()
+
+    def _renew_loop(self) -> None:
+        while not self._stop.wait(self._lease_ms / 3000):
+            self.renew()
+            if self.lost:
+                self._on_lost()
+                return
+
+    def renew(self) -> bool:
+        """One renewal; whether it was definite. Sets `lost` once another incarnation holds the name."""
+        sent_ms = self._clock_ms()
+        try:
+            self._write(sent_ms, if_match=self._etag)
+            return True
+        except PreconditionLost:
+            try:
+                found = self._store.get(self._key)
+                holder, _ = envelope.unseal(found.body, envelope.KIND_LEASE, self._key)
+            except Exception:
+                return False
+            same = all(holder.get(key) == self._fields[key] for key in ("incarnation", "pid", "start_ticks", "boot_id"))
+            if same:  # an earlier renewal with an unknown outcome had landed
+                self._etag = found.etag
+                self._valid_until_ms = sent_ms + self._lease_ms
+                return True
+            self.lost = True
+            return False
+        except StoreError:
+            return False
+
+    def is_valid(self) -> bool:
+        """Whether no other node can have fenced this one."""
+        return not self.lost and self._clock_ms() < self._valid_until_ms
+
+    def stop(self, released: bool) -> None:
+        """Stop renewing; released: say that nothing is owned any more, so that a successor need not wait."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+        if released and not self.lost:
+            self._fields["released"] = True
+            with contextlib.suppress(StoreError):
+                self._write(self._clock_ms(), if_match=self._etag)

@@ -1,0 +1,426 @@
+"""Cold sessions: reading them from the cloud tier, and claiming them for this node's hot tier.
+
+It promises one GET for a window that the manifest holds, and that a session is served hot only after its claim is
+committed in both tiers. It never reads a clock and never renews a lease.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sessiond import core
+from sessiond.core import envelope
+from sessiond.core import manifest as manifests
+from sessiond.core import state as states
+from sessiond.core.layout import Header
+from sessiond.core.manifest import EPOCH_ROWS_MAX, LIFECYCLE_ACTIVE, Manifest
+from sessiond.errors import Conflict, Corrupt, SessiondError, Unavailable
+from sessiond.tiers.cloud.bucket import Bucket, manifest_key, refusal, segment_key
+from sessiond.tiers.cloud.store import (
+    Ambiguous,
+    ObjectNotFound,
+    ObjectStore,
+    PreconditionLost,
+    StoreError,
+)
+from sessiond.tiers.hot import log
+from sessiond.tiers.hot.environment import Environment, Transaction
+from sessiond.tiers.hot.rows import (
+    PHASE_CLAIMING,
+    PHASE_FENCED,
+    PHASE_OWNED,
+    Head,
+    encode_committed,
+    encode_head,
+    head_from_manifest,
+    user_key,
+)
+
+# Same bytes are sent again this often before an outcome is reported unknown.
+ATTEMPTS_MAX = 4
+SEGMENT_BYTES_HELD_MAX = 64 * 1024**2
+
+
+@dataclass(frozen=True, slots=True)
+class Cold:
+    """A session as the cloud tier has it at one moment."""
+
+    manifest: Manifest
+    etag: str
+
+
+@dataclass(frozen=True)
+class Node:
+    """Who claims: the incarnation of a hot tier, its node's name and the address that peers reach it at."""
+
+    incarnation: bytes
+    name: str
+    address: str
+
+
+class Segments:
+    """Reads segments, each verified by name, envelope and frames; holds the newest few in memory."""
+
+    def __init__(self, store: ObjectStore) -> None:
+        self._store = store
+        self._held: OrderedDict[str, bytes] = OrderedDict()
+        self._held_bytes = 0
+        self._lock = threading.Lock()
+
+    def rows(self, manifest: Manifest) -> list[list[Any]]:
+        """Every segment row of a manifest, those in its index object included. Raises Corrupt, Unavailable."""
+        if manifest.index is None:
+            return manifest.segments
+        name = str(manifest.index[0])
+        meta, _ = envelope.unseal(self._object(name, name.rsplit("-", 1)[-1]), envelope.KIND_SEGMENT_INDEX, name)
+        return [*meta["rows"], *manifest.segments]
+
+    def frames(self, manifest: Manifest, row: list[Any]) -> bytes:
+        """The frames of one segment. Raises Corrupt CORRUPT_SEGMENT or MISSING_SEGMENT, Unavailable."""
+        epoch, first, last, sha256 = int(row[0]), int(row[1]), int(row[2]), bytes(row[3])
+        origin = bytes(row[8]) or manifest.h
+        name = segment_key(origin, epoch, first, sha256)
+        with self._lock:
+            held = self._held.get(name)
+            if held is not None:
+                self._held.move_to_end(name)
+                return held
+        meta, payload = envelope.unseal(self._object(name, sha256.hex()), envelope.KIND_SEGMENT, name)
+        if meta.get("h") != origin or meta.get("first") != first or meta.get("last") != last:
+            raise Corrupt("CORRUPT_SEGMENT", f"The segment {name} holds other turns than its name says.", {"object": name})
+        headers = core.scan_frames(origin, payload)
+        if [header.seq for header in headers] != list(range(first, last + 1)):
+            raise Corrupt("CORRUPT_SEGMENT", f"The segment {name} has a gap.", {"object": name})
+        with self._lock:
+            self._held[name] = payload
+            self._held_bytes += len(payload)
+            while self._held_bytes > SEGMENT_BYTES_HELD_MAX and len(self._held) > 1:
+                self._held_bytes -= len(self._held.popitem(last=False)[1])
+        return payload
+
+    def _object(self, name: str, sha256: str) -> bytes:
+        try:
+            stored = self._store.get(name).body
+        except ObjectNotFound as error:
+            raise Corrupt("MISSING_SEGMENT", f"The object {name} is gone.", {"object": name}) from error
+        except StoreError as error:
+            raise refusal(error) from error
+        if hashlib.sha256(stored).hexdigest() != sha256:
+            raise Corrupt("CORRUPT_SEGMENT", f"The object {name} does not match its name's sha256.", {"object": name})
+        return stored
+
+    def between(self, manifest: Manifest, first_seq: int, last_seq: int, bytes_max: int) -> tuple[bytes, int]:
+        """(frames, last seq) of consecutive turns from first_seq on, about bytes_max at most but at least one turn."""
+        pieces: list[bytes] = []
+        size, due = 0, first_seq
+        while due <= last_seq:
+            if due >= manifest.inline_first:
+                buffer = manifest.inline_frames
+            else:
+                row = next((row for row in self.rows(manifest) if row[1] <= due <= row[2]), None)
+                if row is None:
+                    raise Corrupt(
+                        "MISSING_SEGMENT",
+                        f"No segment of session {manifest.session!r} holds turn {due}.",
+                        {"seq": str(due), "session_id": manifest.session},
+                    )
+                buffer = self.frames(manifest, row)
+            for header in core.scan_frames(manifest.h, buffer):
+                if header.seq != due or due > last_seq:
+                    continue
+                length = header.end - header.offset
+                if pieces and size + length > bytes_max:
+                    return b"".join(pieces), due - 1
+                pieces.append(buffer[header.offset : header.end])
+                size += length
+                due += 1
+        return b"".join(pieces), due - 1
+
+
+def load(store: ObjectStore, h: bytes) -> Cold | None:
+    """The session's manifest by one GET; None if there is definitely none. Raises Corrupt, Unavailable, Denied."""
+    name = manifest_key(h)
+    try:
+        stored = store.get(name)
+    except ObjectNotFound:
+        return None
+    except StoreError as error:
+        raise refusal(error) from error
+    return Cold(manifests.unseal(stored.body, name, h), stored.etag)
+
+
+def kept_frame(manifest: Manifest, seq: int) -> tuple[Header, bytes] | None:
+    """(header, buffer) of a turn that the manifest itself holds; None if it does not."""
+    buffer = manifest.inline_frames if seq >= manifest.inline_first else manifest.kept_frames
+    for header in core.scan_frames(manifest.h, buffer):
+        if header.seq == seq:
+            return header, buffer
+    return None
+
+
+def put_settled(store: ObjectStore, h: bytes, manifest: Manifest, etag: str | None, wait: Callable[[float], object]) -> str:
+    """Commit a manifest by one conditional write and return its etag; DESIGN.md, "Commit".
+
+    etag: None to create. The same bytes are sent again after an ambiguous attempt; it landed if the manifest is at our
+    epoch and incarnation with at least our mutation, or the epoch table says so. Raises Conflict EPOCH_LOST when another
+    write was first, Unavailable COMMIT_UNKNOWN when nobody can tell, and as the store does.
+    """
+    name, body = manifest_key(h), manifests.seal(manifest)
+    ambiguous: StoreError | None = None
+    for attempt in range(ATTEMPTS_MAX):
+        try:
+            return store.put(name, body, if_absent=etag is None, if_match=etag)
+        except Ambiguous as error:
+            ambiguous = error
+            wait(0.02 * 2**attempt)
+        except PreconditionLost as error:
+            if ambiguous is None:
+                raise refusal(error) from error
+            found = load(store, h)
+            if found is not None and landed(found.manifest, manifest):
+                return found.etag
+            raise refusal(error) from error
+        except StoreError as error:
+            raise refusal(ambiguous or error) from error
+    assert ambiguous is not None
+    found = load(store, h)
+    if found is not None and found.manifest.mutation == manifest.mutation and landed(found.manifest, manifest):
+        return found.etag
+    raise refusal(ambiguous)
+
+
+def landed(found: Manifest, sent: Manifest) -> bool:
+    """Whether the write of `sent` is part of the history of `found`."""
+    if not sent.epochs:
+        return False
+    epoch, incarnation = sent.epochs[-1][0], sent.epochs[-1][1]
+    for row in found.epochs:
+        if row[0] == epoch and row[1] == incarnation:
+            return bool((found.mutation if found.epoch == epoch else row[3]) >= sent.mutation)
+    return False
+
+
+def first_manifest(
+    node: Node, tenant: str, session: str, user: str, h: bytes, birth: dict[str, Any], policy: dict[str, Any], now_ms: int
+) -> Manifest:
+    """The manifest of a session that has no turns yet, owned by this node under epoch 1."""
+    return Manifest(
+        tenant=tenant,
+        session=session,
+        user=user,
+        h=h,
+        mutation=1,
+        epoch=1,
+        epochs=[[1, node.incarnation, 1, 1]],
+        owner=[node.incarnation, node.name, node.address],
+        birth=birth,
+        policy=policy,
+        head=0,
+        head_epoch=0,
+        state=states.genesis(h, birth["metadata"]),
+        checkpoints=[],
+        turn_ids=b"",
+        segments=[],
+        index=None,
+        kept=[],
+        kept_bytes=0,
+        inline_first=1,
+        loss=None,
+        lifecycle=LIFECYCLE_ACTIVE,
+        expires_ms=0,
+        written_ms=now_ms,
+    )
+
+
+class Claims:
+    """Makes sessions, and takes unowned ones, for this node: intent in LMDB, conditional write, rows in LMDB."""
+
+    def __init__(
+        self, hot: Environment, store: ObjectStore, bucket: Bucket, node: Node, wait: Callable[[float], object]
+    ) -> None:
+        self._hot = hot
+        self._store = store
+        self._bucket = bucket
+        self._node = node
+        self._wait = wait
+        # The index by user and the first manifest are in flight at the same time; see DESIGN.md, "Objects".
+        self._pool = ThreadPoolExecutor(max_workers=16, thread_name_prefix="index")
+
+    def close(self) -> None:
+        """Stop the threads."""
+        self._pool.shutdown(wait=True)
+
+    def create(self, manifest: Manifest) -> bool:
+        """Make a session; False if the cloud tier has one of this name already. Both objects are definite on return.
+
+        Raises Unavailable, Denied, Corrupt; the session then does not exist, or a repeated call finishes it.
+        """
+        h = manifest.h
+        intent = head_from_manifest(manifest, "", 1, PHASE_CLAIMING)
+
+        def remember(transaction: Transaction) -> bool:
+            known = log.read_head(transaction, h)
+            if known is not None and known.phase != PHASE_CLAIMING:
+                return False
+            if known is None:
+                transaction.put("heads", h, encode_head(h, intent))
+            return True
+
+        if not self._hot.run_blocking(remember):
+            return False
+        index = self._pool.submit(self._put_user_index, manifest)
+        try:
+            try:
+                etag = put_settled(self._store, h, manifest, None, self._wait)
+            except Conflict:
+                found = load(self._store, h)
+                mine = found is not None and found.manifest.mutation == 1 and landed(found.manifest, manifest)
+                if found is None or not mine:
+                    self._forget(h)
+                    return False
+                # Our own earlier attempt, whose answer was lost; what it wrote is what counts.
+                manifest, etag = found.manifest, found.etag
+        finally:
+            try:
+                index.result()
+            except StoreError as error:
+                raise refusal(error) from error
+        self._settle(manifest, etag)
+        return True
+
+    def _put_user_index(self, manifest: Manifest) -> None:
+        created_ms = int(manifest.birth["created_ms"])
+        key = self._bucket.user_index_key(manifest.tenant, manifest.user, created_ms, manifest.h)
+        meta = {
+            "v": 1,
+            "tenant": manifest.tenant,
+            "user": manifest.user,
+            "session": manifest.session,
+            "h": manifest.h,
+            "created_ms": created_ms,
+        }
+        body = envelope.seal(envelope.KIND_USER_INDEX, meta)
+        for attempt in range(ATTEMPTS_MAX):
+            try:
+                self._store.put(key, body)
+                return
+            except Ambiguous:
+                if attempt == ATTEMPTS_MAX - 1:
+                    raise
+                self._wait(0.02 * 2**attempt)
+
+    def claim(self, cold: Cold, loss: list[Any] | None, now_ms: int) -> bool:
+        """Take a session that no live node owns; False if another was first or this node holds it already.
+
+        loss: what may be missing because its last owner was lost, else what the manifest says. Raises as the store does.
+        """
+        old = cold.manifest
+        h, epoch = old.h, old.epoch + 1
+        owned = list(old.epochs)
+        if owned:
+            owned[-1] = [*owned[-1][:3], old.mutation]
+        manifest = replace(
+            old,
+            mutation=old.mutation + 1,
+            epoch=epoch,
+            epochs=[*owned, [epoch, self._node.incarnation, old.head + 1, old.mutation + 1]][-EPOCH_ROWS_MAX:],
+            owner=[self._node.incarnation, self._node.name, self._node.address],
+            loss=loss or old.loss,
+            written_ms=now_ms,
+        )
+
+        def remember(transaction: Transaction) -> bool:
+            known = log.read_head(transaction, h)
+            if known is not None and known.phase == PHASE_FENCED and known.is_dirty:
+                return False
+            if known is not None and known.phase == PHASE_OWNED and known.epoch >= epoch:
+                return False
+            intent = known or head_from_manifest(old, cold.etag, old.epoch, PHASE_CLAIMING)
+            intent.claim = [epoch, self._node.incarnation]
+            intent.phase = PHASE_CLAIMING
+            transaction.put("heads", h, encode_head(h, intent))
+            return True
+
+        if not self._hot.run_blocking(remember):
+            return False
+        try:
+            etag = put_settled(self._store, h, manifest, cold.etag, self._wait)
+        except Conflict:
+            found = load(self._store, h)
+            if found is None or not landed(found.manifest, manifest) or found.manifest.mutation != manifest.mutation:
+                self._forget(h)
+                return False
+            etag = found.etag
+        self._settle(manifest, etag)
+        return True
+
+    def _settle(self, manifest: Manifest, etag: str) -> None:
+        """Make the hot tier hold a session that the cloud tier says is ours."""
+        h = manifest.h
+        head = head_from_manifest(manifest, etag, manifest.epoch, PHASE_OWNED)
+
+        def operation(transaction: Transaction) -> None:
+            known = log.read_head(transaction, h)
+            if known is not None and known.phase == PHASE_OWNED and known.epoch >= manifest.epoch:
+                return
+            log.replace_rows(
+                transaction,
+                h,
+                head,
+                manifest.kept_frames,
+                manifest.inline_frames,
+                manifest.inline_first,
+                manifest.turn_ids,
+                manifest.checkpoints,
+            )
+            transaction.put("manifests", h, encode_committed(h, manifest))
+            log.write_head(transaction, h, head, manifest.written_ms)
+            user = self._bucket.user_hash(manifest.tenant, manifest.user)
+            transaction.put("users", user_key(user, head.created_ms, h), manifest.session.encode())
+
+        self._hot.run_blocking(operation, weight_bytes=len(manifest.payload))
+
+    def resume_claim(self, cold: Cold, head: Head) -> bool:
+        """Finish a claim that a crash cut short after its write had landed; whether it had."""
+        manifest = cold.manifest
+        if manifest.owner is None or manifest.owner[0] != self._node.incarnation:
+            return False
+        epoch = head.claim[0] if head.claim else head.epoch
+        if manifest.epoch != epoch or head.phase != PHASE_CLAIMING:
+            return False
+        if head.claim is None:
+            # A creation: its row in the index by user may be missing still.
+            try:
+                self._put_user_index(manifest)
+            except StoreError as error:
+                raise refusal(error) from error
+        self._settle(manifest, cold.etag)
+        return True
+
+    def _forget(self, h: bytes) -> None:
+        """Drop a claim that was lost, and the rows behind it: the cloud tier has the truth."""
+
+        def operation(transaction: Transaction) -> None:
+            known = log.read_head(transaction, h)
+            if known is not None and known.phase == PHASE_CLAIMING:
+                log.drop_rows(transaction, h)
+                transaction.delete("heads", h)
+                transaction.delete("dirty", h)
+
+        self._hot.run_blocking(operation)
+
+
+def unavailable_owner(manifest: Manifest) -> SessiondError:
+    """The answer where another live node owns the session."""
+    owner = manifest.owner or [b"", "", ""]
+    return Unavailable(
+        "NOT_OWNER",
+        f"Session {manifest.session!r} is owned by node {owner[1]!r} at {owner[2]!r}.",
+        {"session_id": manifest.session, "owner_node": str(owner[1]), "owner_address": str(owner[2])},
+    )
