@@ -110,7 +110,7 @@ endif
 bench: build ## Runs the benchmarks, each with its ratio (SMOKE=1: briefly, only to see that they work)
 	@$(call say,The benchmarks$(if $(SMOKE), - briefly: the figures mean nothing))
 	@mkdir -p build/bench
-	@$(PY) -m pytest bench -o faulthandler_timeout=0 $(BENCH_FLAGS) $(ARGS) \
+	@$(PY) -m pytest bench -s -o faulthandler_timeout=0 $(BENCH_FLAGS) $(ARGS) \
 	|| $(call fail,a benchmark failed.,one alone: make bench ARGS="-k NAME")
 
 .PHONY: coverage
@@ -118,6 +118,7 @@ coverage: build ## Measures which lines the tests reach, daemons that they start
 	@$(call say,The suite under coverage)
 	@mkdir -p build/coverage && rm -f build/coverage/data*
 	@$(PY) -m coverage run -m pytest tests -q -m "not torture" $(ARGS) \
+	&& SESSIOND_PURE=1 $(PY) -m coverage run -m pytest tests/core -q -m "not torture" $(ARGS) \
 	|| $(call fail,tests failed under coverage.,make test tells whether they fail without it)
 	@$(PY) -m coverage combine -q && $(PY) -m coverage html -q && $(PY) -m coverage report
 	@$(call say,Line by line: build/coverage/html/index.html)
