@@ -34,8 +34,11 @@ protoc = $(PY) -m grpc_tools.protoc -Iproto --python_out=$(1) --pyi_out=$(1) --g
 run test torture bench coverage check: private export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 # say,<what happens>: the line before a step.   fail,<what went wrong>,<remedy>: the lines after one that failed.
-say = printf '\033[1m==>\033[0m %s\n' "$(1)"
-fail = { printf '\n\033[1;31mFailed:\033[0m %s\n\033[1mRemedy:\033[0m %s\n' "$(1)" "$(2)" >&2; exit 1; }
+# Bold only on a terminal, where make says that there is one.
+B := $(if $(NO_COLOR),,$(if $(MAKE_TERMOUT),\033[1m))
+N := $(if $(B),\033[0m)
+say = printf '$(B)==>$(N) %s\n' "$(1)"
+fail = { printf '\n$(B)Failed:$(N) %s\n$(B)Remedy:$(N) %s\n' "$(1)" "$(2)" >&2; exit 1; }
 
 .PHONY: help
 help: ## Lists the targets
@@ -159,8 +162,8 @@ proto: build ## Generates src/sessiond/v1 from proto/
 proto-drift: build
 	@tmp=$$(mktemp -d); trap 'rm -rf "$$tmp"' EXIT; \
 	$(call protoc,"$$tmp"); \
-	diff -r -x __init__.py -x __pycache__ "$$tmp/sessiond/v1" src/sessiond/v1 >"$$tmp/diff" \
-	|| { head -20 "$$tmp/diff" >&2; $(call fail,src/sessiond/v1 is not what proto/ generates.,make proto and commit both together); }
+	diff -rq -x __init__.py -x __pycache__ "$$tmp/sessiond/v1" src/sessiond/v1 >"$$tmp/diff" \
+	|| { cat "$$tmp/diff" >&2; $(call fail,src/sessiond/v1 is not what proto/ generates.,make proto and commit both together); }
 
 .PHONY: proto-breaking
 proto-breaking: build
