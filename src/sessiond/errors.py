@@ -150,9 +150,6 @@ REASONS: dict[str, Reason] = {
     "SESSION_ARCHIVED": Reason(
         Denied, "FAILED_PRECONDITION", "The session expired and is read-only; fork it or make a new one."
     ),
-    "DURABILITY_REFUSED": Reason(
-        Invalid, "INVALID_ARGUMENT", "The session's policy admits only CLOUD appends; ask for CLOUD or leave it out."
-    ),
     "NOT_OWNER": Reason(
         Unavailable, "UNAVAILABLE", "Send the call to the owning node, or wait until it releases the session.", 1000
     ),

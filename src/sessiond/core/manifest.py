@@ -22,7 +22,7 @@ Meta keys (unknown ones are carried along in `extra` and written back):
     index            [name, first, last, rows] of the object that older rows were moved to, or nil
     kept kept_bytes  seqs of the kept frames, and their bytes in the payload
     inline_first     seq of the first inline frame; head + 1 if there is none
-    loss             [epoch, after_seq, reason] while turns acknowledged in that epoch may be missing, else nil
+    loss             rows [epoch, after_seq, reason]: turns acknowledged in that epoch above after_seq may be missing
     lifecycle        1 active, 2 archived, 3 deleted
     expires_ms       0 for never
     written_ms       when it was written, by the writer's clock
@@ -46,6 +46,7 @@ CHECKPOINTS_MAX: Final = 5
 SEGMENT_ROWS_MAX: Final = 256
 SEGMENT_ROWS_KEPT: Final = 64
 EPOCH_ROWS_MAX: Final = 128
+LOSS_ROWS_MAX: Final = 16
 
 LIFECYCLE_ACTIVE: Final = 1
 LIFECYCLE_ARCHIVED: Final = 2
@@ -76,7 +77,7 @@ class Manifest:
     kept: list[int]
     kept_bytes: int
     inline_first: int
-    loss: list[Any] | None
+    loss: list[list[int]]
     lifecycle: int
     expires_ms: int
     written_ms: int

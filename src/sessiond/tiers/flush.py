@@ -43,7 +43,7 @@ from sessiond.tiers.hot.rows import (
     decode_committed,
     encode_committed,
 )
-from sessiond.tiers.hydrate import ATTEMPTS_MAX, Node, Segments, landed, load, put_settled
+from sessiond.tiers.hydrate import ATTEMPTS_MAX, Node, Segments, load, put_settled
 
 BACKOFF_FIRST_MS = 200
 BACKOFF_LAST_MS = 10_000
@@ -213,7 +213,7 @@ class Flusher:
         try:
             etag = put_settled(self._store, h, cut.manifest, cut.head.etag, self._wait)
         except Conflict as lost:
-            return self._catch_up(h, cut, lost)
+            return self._catch_up(h, cut, lost, release)
         self._settle(h, cut.manifest, etag, cut.head.changes, release)
         return Flushed(cut.manifest.head, True, release)
 
@@ -366,7 +366,7 @@ class Flusher:
 
         self._hot.run_blocking(operation)
 
-    def _catch_up(self, h: bytes, cut: _Cut, lost: Conflict) -> Flushed:
+    def _catch_up(self, h: bytes, cut: _Cut, lost: Conflict, release: bool) -> Flushed:
         """The manifest is not where our rows say. Either an answer of ours was lost, or somebody else is the owner."""
         found = load(self._store, h)
         if found is None:
@@ -380,12 +380,10 @@ class Flusher:
                     f" this node's log does not lead there.",
                     {"session_id": head.session},
                 )
-            # A crash came between the store's answer and our row: take the answer now, flush the rest in the next round.
+            # A crash came between the store's answer and our row: take the answer now, then flush the rest.
             self._settle(h, theirs, found.etag, cut.head.changes_flushed, theirs.owner is None)
-            raise Unavailable(
-                "COMMIT_UNKNOWN", f"An earlier write of session {head.session!r} had landed.", retry_after_ms=1
-            )
-        if theirs.epoch > head.epoch or landed(theirs, cut.manifest):
+            return self.flush(h, release)
+        if theirs.epoch > head.epoch:
             self._fence(h)
             raise Unavailable(
                 "EPOCH_FENCED",

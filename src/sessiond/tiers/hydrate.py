@@ -19,7 +19,7 @@ from sessiond.core import envelope
 from sessiond.core import manifest as manifests
 from sessiond.core import state as states
 from sessiond.core.layout import Header
-from sessiond.core.manifest import EPOCH_ROWS_MAX, LIFECYCLE_ACTIVE, Manifest
+from sessiond.core.manifest import EPOCH_ROWS_MAX, LIFECYCLE_ACTIVE, LOSS_ROWS_MAX, Manifest
 from sessiond.errors import Conflict, Corrupt, SessiondError, Unavailable
 from sessiond.tiers.cloud.bucket import Bucket, manifest_key, refusal, segment_key
 from sessiond.tiers.cloud.store import (
@@ -231,7 +231,7 @@ def first_manifest(
         kept=[],
         kept_bytes=0,
         inline_first=1,
-        loss=None,
+        loss=[],
         lifecycle=LIFECYCLE_ACTIVE,
         expires_ms=0,
         written_ms=now_ms,
@@ -315,10 +315,10 @@ class Claims:
                     raise
                 self._wait(0.02 * 2**attempt)
 
-    def claim(self, cold: Cold, loss: list[Any] | None, now_ms: int) -> bool:
+    def claim(self, cold: Cold, loss: list[int] | None, now_ms: int) -> bool:
         """Take a session that no live node owns; False if another was first or this node holds it already.
 
-        loss: what may be missing because its last owner was lost, else what the manifest says. Raises as the store does.
+        loss: a row to add because its last owner was lost with its hot tier. Raises as the store does.
         """
         old = cold.manifest
         h, epoch = old.h, old.epoch + 1
@@ -331,7 +331,7 @@ class Claims:
             epoch=epoch,
             epochs=[*owned, [epoch, self._node.incarnation, old.head + 1, old.mutation + 1]][-EPOCH_ROWS_MAX:],
             owner=[self._node.incarnation, self._node.name, self._node.address],
-            loss=loss or old.loss,
+            loss=[*old.loss, *([loss] if loss else [])][-LOSS_ROWS_MAX:],
             written_ms=now_ms,
         )
 

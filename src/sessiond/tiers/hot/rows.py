@@ -43,7 +43,7 @@ class Head(msgspec.Struct, array_like=True):
     state: bytes
     policy: dict[str, Any]
     committed_durability: int
-    loss: list[Any] | None
+    loss: list[list[int]]
     lifecycle: int
     expires_ms: int
     changes: int

@@ -1,0 +1,301 @@
+"""The active context: which turns, how many tokens, and the receipt that says from where and what is missing.
+
+It promises that what it returns stays inside the budget by the counting rule, and that it names every turn it leaves
+out. It reads through a source that is handed in and never waits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
+
+from sessiond import core
+from sessiond.core.layout import FIT_MORE, FIT_NOTHING, Header
+from sessiond.core.manifest import Manifest
+from sessiond.core.state import State
+from sessiond.errors import Invalid
+from sessiond.service.prepare import Spec
+from sessiond.tiers.hot import log
+from sessiond.tiers.hot.environment import Transaction
+from sessiond.tiers.hot.rows import Head
+from sessiond.tiers.hydrate import kept_frame
+from sessiond.tokens import CONTEXT_TOKENS
+from sessiond.v1 import context_pb2, turn_pb2
+
+# What varies from call to call is charged against this share of the budget first; see DESIGN.md, "Strides".
+NEW_MESSAGE_SHARE: Final = 16
+STRIDES_PER_BUDGET: Final = 4
+
+_INSTRUCTIONS_TAG: Final = b"\x12"
+_SUMMARY_TAG: Final = b"\x2a"
+
+
+class Source(Protocol):
+    """Where frames come from: the hot tier's rows, or a manifest and its segments."""
+
+    def row_for(self, seq: int) -> Any:
+        """A buffer of whole frames that holds turn seq. Raises HistoryNeeded."""
+
+    def frame(self, seq: int) -> tuple[Header, Any]:
+        """(header, buffer) of one turn. Raises HistoryNeeded, Corrupt."""
+
+
+class HotSource:
+    """Rows of the hot tier, inside a read transaction."""
+
+    def __init__(self, transaction: Transaction, h: bytes, head: Head) -> None:
+        self._transaction = transaction
+        self._h = h
+        self._hot_first = head.hot_first
+
+    def row_for(self, seq: int) -> Any:
+        """As Source says."""
+        if seq >= self._hot_first:
+            row = log.row_for(self._transaction, self._h, seq)
+            if row is not None:
+                return row[1]
+        raise log.HistoryNeeded(seq, self._hot_first - 1)
+
+    def frame(self, seq: int) -> tuple[Header, Any]:
+        """As Source says."""
+        return log.frame_at(self._transaction, self._h, seq)
+
+
+class ColdSource:
+    """A manifest, and the segments that were fetched for it so far."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+        self._fetched: list[tuple[int, int, bytes]] = []
+
+    def add(self, first_seq: int, last_seq: int, frames: bytes) -> None:
+        """Frames of a segment."""
+        self._fetched.append((first_seq, last_seq, frames))
+
+    def row_for(self, seq: int) -> Any:
+        """As Source says."""
+        if seq >= self._manifest.inline_first:
+            return self._manifest.inline_frames
+        for first_seq, last_seq, frames in self._fetched:
+            if first_seq <= seq <= last_seq:
+                return frames
+        raise log.HistoryNeeded(seq, self._manifest.inline_first - 1)
+
+    def frame(self, seq: int) -> tuple[Header, Any]:
+        """As Source says."""
+        kept = kept_frame(self._manifest, seq)
+        if kept is not None:
+            return kept
+        buffer = self.row_for(seq)
+        for header in core.scan_frames(self._manifest.h, buffer):
+            if header.seq == seq:
+                return header, buffer
+        raise log.HistoryNeeded(seq, seq)
+
+
+@dataclass(slots=True)
+class Standing:
+    """What a receipt says besides the window: where the session stands and how it was served."""
+
+    rung: int
+    ownership: int
+    node: str
+    head_seq: int
+    cloud_seq: int
+    missing: list[context_pb2.MissingRange] = field(default_factory=list)
+    stale: bool = False
+    notice: str = ""
+
+
+def checkpoint_header(state: State) -> context_pb2.CheckpointHeader | None:
+    """The header of the newest checkpoint that a state knows; None if none was taken."""
+    epoch, seq, time_ms = state.boundary
+    if not seq:
+        return None
+    header = context_pb2.CheckpointHeader(
+        version=epoch << 32 | seq,
+        replay_cursor=seq,
+        epoch=epoch,
+        tail_first_seq=state.summary[2] + 1 if state.summary else 1,
+        instructions_seq=state.instructions[0] if state.instructions else 0,
+        exchanges=state.exchanges,
+        rule=state.rule,
+        taken_at_unix_ms=time_ms,
+        milestone=state.milestone[1] if state.milestone else "",
+    )
+    if state.cursor == seq:
+        header.chain = state.chain
+    if state.summary:
+        header.summarised.first_seq, header.summarised.last_seq = state.summary[1], state.summary[2]
+    return header
+
+
+def state_etag(state: State) -> str:
+    """Names the state: the (epoch, seq) of the newest turn that changed it."""
+    return f"{state.state_at[0]}-{state.state_at[1]}"
+
+
+def state_proto(state: State) -> context_pb2.SessionState:
+    """Flags, mode and metadata as the wire has them."""
+    return context_pb2.SessionState(
+        flags=state.flags, mode=state.mode, metadata=state.metadata, etag=state_etag(state)
+    )
+
+
+def pin_protos(state: State) -> list[turn_pb2.PinnedFact]:
+    """The pinned facts as the wire has them, by key."""
+    return [
+        turn_pb2.PinnedFact(
+            key=key,
+            value=value[0],
+            scope=turn_pb2.PIN_SCOPE_SESSION,
+            set_at=turn_pb2.TurnPosition(epoch=value[1], seq=value[2]),
+        )
+        for key, value in state.pins.items()
+    ]
+
+
+def _etag(state: State, spec: Spec, standing: Standing) -> str:
+    digest = hashlib.blake2b(state.chain + state.boundary[1].to_bytes(8, "little") + spec.key, digest_size=12)
+    for missing in standing.missing:
+        digest.update(missing.SerializeToString(deterministic=True))
+    return digest.hexdigest()
+
+
+def _choose(source: Source, h: bytes, state: State, spec: Spec, tail: int, exact: int) -> tuple[Any, ...]:
+    rows: list[Any] = []
+    target, gathered = state.last_live_seq, 0
+    stride = max(1, (spec.budget - spec.reserve) // STRIDES_PER_BUDGET)
+    while True:
+        while target and (gathered <= exact or not rows):
+            row = source.row_for(target)
+            tokens, target = core.row_live(row, target, spec.slot)
+            gathered += tokens
+            rows.insert(0, row)
+        fit = core.fit_window(
+            h,
+            rows,
+            spec.slot,
+            state.last_live_seq,
+            state.exchange_seq,
+            spec.strategy,
+            spec.last_exchanges,
+            tail,
+            exact,
+            stride,
+            spec.since_seq,
+        )
+        if fit[0] != FIT_MORE:
+            return fit
+        target, gathered = fit[1], 0
+        row = source.row_for(target)
+        _, target = core.row_live(row, target, spec.slot)
+        rows.insert(0, row)
+        gathered = exact + 1
+
+
+def build(source: Source, h: bytes, state: State, spec: Spec, standing: Standing) -> bytes:
+    """The ActiveContext's wire bytes.
+
+    Raises Invalid BUDGET_TOO_SMALL if not even the newest legal cut fits, HistoryNeeded, Corrupt.
+    """
+    etag = _etag(state, spec, standing)
+    receipt = context_pb2.Receipt(
+        rung=standing.rung,  # type: ignore[arg-type]
+        ownership=standing.ownership,  # type: ignore[arg-type]
+        missing=standing.missing,
+        head=turn_pb2.TurnPosition(epoch=state.epoch, seq=standing.head_seq),
+        cloud_seq=standing.cloud_seq,
+        stale=standing.stale,
+        notice=standing.notice,
+        node=standing.node,
+    )
+    if spec.proto.context_etag and spec.proto.context_etag == etag:
+        return context_pb2.ActiveContext(context_etag=etag, not_modified=True, receipt=receipt).SerializeToString()
+
+    slot, hybrid = spec.slot, spec.strategy == turn_pb2.STRATEGY_HYBRID
+    instructions = state.instructions if spec.given_instructions is None else None
+    instructions_tokens = spec.instructions_tokens if instructions is None else instructions[1 + slot]
+    pins_tokens = sum(value[3 + slot] for value in state.pins.values())
+    summary = state.summary if hybrid else None
+    summary_tokens = summary[3 + slot] if summary else 0
+    usable = spec.budget - spec.reserve
+    fixed = CONTEXT_TOKENS + instructions_tokens + pins_tokens + summary_tokens
+    exact = usable - fixed - spec.new_tokens
+    tail = usable - fixed - max(spec.new_tokens, usable // NEW_MESSAGE_SHARE) if hybrid else exact
+    if exact < 0:
+        raise _too_small(spec, spec.reserve + fixed + spec.new_tokens)
+    fit = _choose(source, h, state, spec, max(0, tail), exact)
+    if fit[0] == FIT_NOTHING:
+        raise _too_small(spec, spec.reserve + fixed + spec.new_tokens + fit[1])
+    _, first_seq, tail_tokens, messages, frames, ranges, before_seq, last_chain = fit
+
+    pieces = [frames]
+    prefix = hashlib.blake2b(first_seq.to_bytes(8, "little") + last_chain, digest_size=16)
+    if instructions:
+        header, buffer = source.frame(instructions[0])
+        pieces += (_INSTRUCTIONS_TAG, bytes(buffer[header.offset + 1 : header.end]))
+        prefix.update(header.chain)
+    elif spec.given_instructions is not None:
+        prefix.update(spec.given_instructions.encode())
+    shows_summary = summary is not None and before_seq > 0
+    if summary is not None and shows_summary:
+        header, buffer = source.frame(summary[0])
+        pieces += (_SUMMARY_TAG, bytes(buffer[header.offset + 1 : header.end]))
+        prefix.update(header.chain)
+        receipt.summarised.add(first_seq=summary[1], last_seq=summary[2])
+    if not shows_summary:
+        summary_tokens = 0
+    covered = summary[2] if summary and shows_summary else 0
+    for low, high in ranges:
+        receipt.verbatim.add(first_seq=low, last_seq=high)
+    if before_seq > covered:
+        receipt.omitted.add(first_seq=covered + 1, last_seq=before_seq)
+    pins = pin_protos(state)
+    for pin in pins:
+        prefix.update(pin.SerializeToString(deterministic=True))
+    fixed = CONTEXT_TOKENS + instructions_tokens + pins_tokens + summary_tokens
+    receipt.stable_prefix.digest = prefix.digest()
+    receipt.stable_prefix.tokens = fixed + tail_tokens
+    receipt.stable_prefix.turns = messages
+
+    rest = context_pb2.ActiveContext(
+        pins=pins,
+        tokens=context_pb2.ContextTokens(
+            instructions=instructions_tokens,
+            pins=pins_tokens,
+            summary=summary_tokens,
+            tail=tail_tokens,
+            new_message=spec.new_tokens,
+            framing=CONTEXT_TOKENS,
+            total=fixed + tail_tokens + spec.new_tokens,
+            budget=spec.budget,
+            reserve=spec.reserve,
+            transcript=state.live_tokens[slot] + instructions_tokens,
+        ),
+        encoding=spec.encoding,  # type: ignore[arg-type]
+        strategy=spec.strategy,  # type: ignore[arg-type]
+        checkpoint=checkpoint_header(state),
+        context_etag=etag,
+        delta=spec.since_seq > 0,
+        receipt=receipt,
+        state=state_proto(state),
+    )
+    if first_seq:
+        rest.window.first_seq, rest.window.last_seq = first_seq, state.last_live_seq
+    if spec.given_instructions is not None:
+        rest.given_instructions = spec.given_instructions
+    if spec.new_message is not None:
+        rest.new_message.CopyFrom(spec.new_message)
+    pieces.append(rest.SerializeToString())
+    return b"".join(pieces)
+
+
+def _too_small(spec: Spec, minimum: int) -> Invalid:
+    return Invalid(
+        "BUDGET_TOO_SMALL",
+        f"The newest part of the conversation needs a budget of {minimum} tokens; {spec.budget} were given.",
+        {"minimum_budget_tokens": str(minimum), "budget_tokens": str(spec.budget)},
+        [("context.budget_tokens", f"{spec.budget} is below the minimum of {minimum}")],
+    )

@@ -1,0 +1,1037 @@
+"""What SessionService's calls mean: create, read, resume, append, update, list.
+
+It promises the order of things: claim before the first acknowledgement, token counts before any lock, fsync before a
+reply, the lease looked at last. It knows no gRPC and starts no thread of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Awaitable, Callable, Coroutine
+from concurrent.futures import Executor
+from concurrent.futures import Future as ThreadFuture
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+
+from sessiond import core
+from sessiond.core import rules
+from sessiond.core import state as states
+from sessiond.core.manifest import LIFECYCLE_ARCHIVED, LIFECYCLE_DELETED, Manifest
+from sessiond.core.state import State
+from sessiond.errors import Conflict, Corrupt, Invalid, NotFound, SessiondError, Unavailable
+from sessiond.service import context as contexts
+from sessiond.service.context import ColdSource, HotSource, Standing
+from sessiond.service.pages import open_page, seal_page
+from sessiond.service.prepare import (
+    Spec,
+    check_metadata,
+    check_policy,
+    check_session_id,
+    check_user_id,
+    invalid,
+    policy_proto,
+    prepare_turns,
+)
+from sessiond.tiers.cloud.bucket import Bucket, refusal
+from sessiond.tiers.cloud.lease import Lease
+from sessiond.tiers.cloud.store import ObjectStore, StoreError
+from sessiond.tiers.flush import Flusher
+from sessiond.tiers.hot import log
+from sessiond.tiers.hot.environment import Environment, Transaction
+from sessiond.tiers.hot.rows import (
+    DURABILITY_CLOUD,
+    DURABILITY_EDGE,
+    PHASE_CLAIMING,
+    PHASE_OWNED,
+    PHASE_RELEASING,
+    Head,
+    decode_committed,
+    encode_head,
+)
+from sessiond.tiers.hydrate import Claims, Cold, Node, Segments, first_manifest, load, unavailable_owner
+from sessiond.tokens import Tokenizer
+from sessiond.v1 import context_pb2, session_pb2, turn_pb2
+
+LIST_PAGE_MAX: Final = 200
+LIST_PAGE_DEFAULT: Final = 50
+TURNS_PAGE_MAX: Final = 1000
+TURNS_PAGE_DEFAULT: Final = 100
+# Below the 4 MiB that a gRPC client takes by default.
+PAGE_BYTES_MAX: Final = 3 * 1024**2
+CONFLICT_TAIL_BYTES_MAX: Final = 1024**2
+# Text below this is counted on the loop: handing it to a thread would cost more.
+INLINE_COUNT_BYTES_MAX: Final = 512
+# A read that keeps finding the session changed under it gives up.
+ATTEMPTS_MAX: Final = 64
+# Left of a caller's deadline for the reply itself.
+REPLY_MARGIN_MS: Final = 20
+
+REASON_LOST: Final = context_pb2.MISSING_REASON_HOT_TIER_LOST
+REASON_UNREACHABLE: Final = context_pb2.MISSING_REASON_OWNER_UNREACHABLE
+REASON_UNREADABLE: Final = context_pb2.MISSING_REASON_SEGMENT_UNREADABLE
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Who calls, and how long they wait. deadline_ms: on the service's clock, None for no limit."""
+
+    tenant: str
+    deadline_ms: int | None
+
+
+@dataclass
+class Parts:
+    """What the service works with; `daemon` wires it."""
+
+    hot: Environment
+    store: ObjectStore
+    bucket: Bucket
+    node: Node
+    lease: Lease
+    flusher: Flusher
+    claims: Claims
+    segments: Segments
+    tokenizer: Tokenizer
+    executor: Executor
+    clock_ms: Callable[[], int]
+    turn_bytes_max: int
+    default_budget_tokens: int
+
+
+class Sessions:
+    """SessionService, without the wire."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._hot = parts.hot
+        self._loads: dict[bytes, asyncio.Task[Cold | None]] = {}
+        self._claiming: dict[bytes, asyncio.Task[bool]] = {}
+        self.draining = False
+        self.rungs = {name: 0 for name in ("HOT", "CLOUD", "PARTIAL", "RESET")}
+
+    def _hash(self, call: Call, session_id: str) -> bytes:
+        return rules.session_hash(self._parts.bucket.hash_key, call.tenant, check_session_id(session_id))
+
+    async def _off_loop(self, work: Callable[..., Result], *arguments: Any) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._parts.executor, work, *arguments)
+
+    async def _counted(self, size_bytes: int, work: Callable[..., Result], *arguments: Any) -> Result:
+        if size_bytes <= INLINE_COUNT_BYTES_MAX:
+            return work(*arguments)
+        return await self._off_loop(work, *arguments)
+
+    # Finding a session -------------------------------------------------------------------------------------------
+
+    async def _load(self, h: bytes) -> Cold | None:
+        """The session as the cloud tier has it now; callers that ask at the same time share one GET."""
+        task = self._loads.get(h)
+        if task is None:
+            task = asyncio.ensure_future(self._off_loop(load, self._parts.store, h))
+            self._loads[h] = task
+            task.add_done_callback(lambda _: self._loads.pop(h, None))
+        return await asyncio.shield(task)
+
+    async def _cold(self, h: bytes, session_id: str, user_id: str) -> Cold:
+        """The cloud tier's copy of a session that this node does not hold hot. Raises NotFound, Unavailable, Corrupt."""
+        head = self._peek(h)
+        if head is not None and head.phase == PHASE_RELEASING and not self.draining:
+            # A release that was cut short: finish it, then take the session like any other.
+            await asyncio.wrap_future(self._parts.flusher.request(h, release=True))
+        cold = await self._load(h)
+        if cold is None:
+            raise not_found(session_id)
+        check_user(session_id, cold.manifest.user, user_id)
+        if cold.manifest.lifecycle == LIFECYCLE_DELETED:
+            raise NotFound("SESSION_DELETED", f"Session {session_id!r} was deleted.", {"session_id": session_id})
+        return cold
+
+    def _peek(self, h: bytes) -> Head | None:
+        with self._hot.read() as transaction:
+            return log.read_head(transaction, h)
+
+    def _loss(self, manifest: Manifest) -> list[int] | None:
+        """The row to add if this node takes the session now: turns that its last owner may have acknowledged.
+
+        Raises Unavailable NOT_OWNER while another node may be alive.
+        """
+        owner = manifest.owner
+        if owner is None:
+            return None
+        if owner[0] != self._parts.node.incarnation and owner[1] != self._parts.node.name:
+            raise unavailable_owner(manifest)
+        if int(manifest.policy.get("min_durability", 0)) == DURABILITY_CLOUD:
+            return None
+        # The owner's hot tier is gone: this node holds the owner's name, and not its rows.
+        return [manifest.epoch, manifest.head, REASON_LOST]
+
+    def _start_claim(self, h: bytes, cold: Cold, loss: list[int] | None) -> asyncio.Task[bool]:
+        """Take the session; one claim at a time."""
+        task = self._claiming.get(h)
+        if task is None:
+            task = asyncio.ensure_future(self._claim(h, cold, loss))
+            self._claiming[h] = task
+            task.add_done_callback(lambda done: self._claim_done(h, done))
+        return task
+
+    def _claim_done(self, h: bytes, task: asyncio.Task[bool]) -> None:
+        self._claiming.pop(h, None)
+        if not task.cancelled():
+            task.exception()  # whoever awaits it sees it; a background claim is tried again by the next call
+
+    async def _claim(self, h: bytes, cold: Cold, loss: list[int] | None) -> bool:
+        head = self._peek(h)
+        if (
+            head is not None
+            and head.phase == PHASE_CLAIMING
+            and await self._off_loop(self._parts.claims.resume_claim, cold, head)
+        ):
+            return True
+        return await self._off_loop(self._parts.claims.claim, cold, loss, self._parts.clock_ms())
+
+    async def _own(self, h: bytes, session_id: str, user_id: str) -> None:
+        """Return once this node owns the session and holds its rows. Raises NotFound, Unavailable, Corrupt."""
+        for _ in range(ATTEMPTS_MAX):
+            head = self._peek(h)
+            if head is not None and head.phase == PHASE_OWNED:
+                check_user(session_id, head.user, user_id)
+                return
+            if self.draining:
+                raise draining()
+            claiming = self._claiming.get(h)
+            if claiming is None:
+                cold = await self._cold(h, session_id, user_id)
+                claiming = self._start_claim(h, cold, self._loss(cold.manifest))
+            await asyncio.shield(claiming)
+        raise Unavailable("NOT_OWNER", f"Session {session_id!r} keeps changing hands.", {"session_id": session_id})
+
+    async def _backfill(self, h: bytes, needed: log.HistoryNeeded) -> None:
+        """Fetch the segment just below the hot rows, and put it in front of them."""
+        with self._hot.read() as transaction:
+            head = log.read_head(transaction, h)
+            value = transaction.get("manifests", h)
+        if head is None or value is None or head.hot_first <= 1:
+            raise Corrupt("CORRUPT_HOT_ROW", f"Turn {needed.first_seq} of session {h.hex()} is missing from its rows.")
+        with self._hot.read() as transaction:
+            manifest = decode_committed(h, transaction.get("manifests", h))
+        last_seq = head.hot_first - 1
+
+        def fetch() -> None:
+            rows = self._parts.segments.rows(manifest)
+            row = next((row for row in rows if row[1] <= last_seq <= row[2]), None)
+            if row is None:
+                raise Corrupt(
+                    "MISSING_SEGMENT",
+                    f"No segment of session {manifest.session!r} holds turn {last_seq}.",
+                    {"seq": str(last_seq), "session_id": manifest.session},
+                )
+            frames = self._parts.segments.frames(manifest, row)
+            self._hot.run_blocking(lambda txn: log.backfill_rows(txn, h, frames, int(row[1])), len(frames))
+
+        await self._off_loop(fetch)
+
+    def _ownership(self) -> int:
+        if self._parts.lease.is_valid():
+            return context_pb2.OWNERSHIP_CONFIRMED
+        return context_pb2.OWNERSHIP_UNCONFIRMED
+
+    def _check_not_fenced(self) -> None:
+        if self._parts.lease.lost:
+            raise Unavailable("EPOCH_FENCED", "Another daemon took over this node's name.")
+
+    # Create, get, list -------------------------------------------------------------------------------------------
+
+    async def create(self, call: Call, request: session_pb2.CreateSessionRequest) -> session_pb2.CreateSessionResponse:
+        """Make a session, or return the one that has this id already."""
+        session_id = request.session_id or str(uuid.uuid4())
+        h = self._hash(call, session_id)
+        check_user_id(request.user_id)
+        policy = check_policy(request.policy)
+        metadata = check_metadata(dict(request.metadata), "metadata")
+        if self.draining:
+            raise draining()
+        self._check_not_fenced()
+        now_ms = self._parts.clock_ms()
+        if request.created_at_unix_ms >= 1 << 47:
+            raise invalid("INVALID_CONTEXT", "created_at_unix_ms", "it lies beyond the year 6429")
+        birth = {
+            "created_ms": request.created_at_unix_ms or now_ms,
+            "metadata": metadata,
+            "forked_from": "",
+            "forked_epoch": 0,
+            "forked_seq": 0,
+            "reset_of": "",
+        }
+        known = self._peek(h)
+        created = False
+        if known is None or known.phase == PHASE_CLAIMING:
+            manifest = first_manifest(
+                self._parts.node, call.tenant, session_id, request.user_id, h, birth, policy, now_ms
+            )
+            created = await self._off_loop(self._parts.claims.create, manifest)
+        try:
+            session = await self._describe(call, h, session_id, request.user_id)
+        except NotFound as error:
+            if error.reason == "SESSION_DELETED":
+                raise
+            raise Conflict(
+                "SESSION_EXISTS",
+                f"The session id {session_id!r} is taken.",
+                {"session_id": session_id},
+                [("session_id", "taken")],
+            ) from error
+        return session_pb2.CreateSessionResponse(session=session, created=created)
+
+    async def get(self, call: Call, request: session_pb2.GetSessionRequest) -> session_pb2.GetSessionResponse:
+        """A session without its turns."""
+        h = self._hash(call, request.session_id)
+        check_user_id(request.user_id)
+        session = await self._describe(call, h, request.session_id, request.user_id)
+        return session_pb2.GetSessionResponse(session=session)
+
+    async def _describe(self, call: Call, h: bytes, session_id: str, user_id: str) -> session_pb2.Session:
+        del call
+        with self._hot.read() as transaction:
+            head = log.read_head(transaction, h)
+            if head is not None and head.phase == PHASE_OWNED:
+                check_user(session_id, head.user, user_id)
+                manifest = decode_committed(h, transaction.get("manifests", h))
+                return self._session_proto(
+                    head.session, head.user, manifest, states.decode(head.state), head, self._missing(head.loss)
+                )
+        cold = await self._cold(h, session_id, user_id)
+        return self._cold_proto(cold.manifest)
+
+    def _cold_proto(self, manifest: Manifest) -> session_pb2.Session:
+        try:
+            loss = self._loss(manifest)
+            missing = self._missing([*manifest.loss, *([loss] if loss else [])])
+        except Unavailable:
+            missing = self._missing(manifest.loss) + [unreachable(manifest)]
+        state = states.decode(manifest.state)
+        return self._session_proto(manifest.session, manifest.user, manifest, state, None, missing)
+
+    def _session_proto(
+        self,
+        session_id: str,
+        user_id: str,
+        manifest: Manifest,
+        state: State,
+        head: Head | None,
+        missing: list[context_pb2.MissingRange],
+    ) -> session_pb2.Session:
+        birth = manifest.birth
+        lifecycle = head.lifecycle if head else manifest.lifecycle
+        owner = manifest.owner
+        session = session_pb2.Session(
+            session_id=session_id,
+            user_id=user_id,
+            created_at_unix_ms=int(birth.get("created_ms", 0)),
+            last_append_at_unix_ms=state.time_ms,
+            policy=policy_proto(head.policy if head else manifest.policy),
+            state=contexts.state_proto(state),
+            pins=contexts.pin_protos(state),
+            lifecycle=session_pb2.LIFECYCLE_ARCHIVED if lifecycle == LIFECYCLE_ARCHIVED else session_pb2.LIFECYCLE_ACTIVE,
+            head=turn_pb2.TurnPosition(epoch=state.epoch, seq=head.head_seq if head else manifest.head),
+            cloud_seq=head.cloud_seq if head else manifest.head,
+            epoch=head.epoch if head else manifest.epoch,
+            checkpoint=contexts.checkpoint_header(state),
+            expires_at_unix_ms=head.expires_ms if head else manifest.expires_ms,
+            live_messages=state.live_messages,
+            live_tokens_o200k=state.live_tokens[0],
+            live_tokens_cl100k=state.live_tokens[1],
+            forked_from_session_id=str(birth.get("forked_from", "")),
+            reset_of_session_id=str(birth.get("reset_of", "")),
+            missing=missing,
+            owner_node=self._parts.node.name if head else (str(owner[1]) if owner else ""),
+            ownership=self._ownership() if head else context_pb2.OWNERSHIP_CONFIRMED,  # type: ignore[arg-type]
+        )
+        return session
+
+    async def list(self, call: Call, request: session_pb2.ListSessionsRequest) -> session_pb2.ListSessionsResponse:
+        """Sessions of a user or of the tenant, from the index in the cloud tier, oldest first within a user."""
+        user = request.user_id if request.HasField("user_id") else None
+        if user is not None:
+            check_user_id(user)
+        size = page_size(request.page_size, LIST_PAGE_DEFAULT, LIST_PAGE_MAX)
+        prefix = self._parts.bucket.user_prefix(call.tenant, user)
+        query = b"sessions" + prefix.encode()
+        start_after = ""
+        if request.page_token:
+            place = open_page(self._parts.bucket.hash_key, query, request.page_token)
+            start_after = prefix + str(place[0])
+
+        def page() -> list[str]:
+            try:
+                return [row.key for row in self._parts.store.list(prefix, start_after, size)]
+            except StoreError as error:
+                raise refusal(error) from error
+
+        keys = await self._off_loop(page)
+        hashes = [bytes.fromhex(key.rsplit("-", 1)[1]) for key in keys]
+        found = await asyncio.gather(*(self._listed(h, user) for h in hashes))
+        response = session_pb2.ListSessionsResponse()
+        for item in found:
+            if isinstance(item, session_pb2.Session):
+                response.sessions.append(item)
+            elif item is not None:
+                response.unreadable.append(item)
+        if len(keys) == size:
+            response.next_page_token = seal_page(
+                self._parts.bucket.hash_key, query, [keys[-1].removeprefix(prefix)]
+            )
+        return response
+
+    async def _listed(self, h: bytes, user: str | None) -> session_pb2.Session | session_pb2.UnreadableSession | None:
+        try:
+            with self._hot.read() as transaction:
+                head = log.read_head(transaction, h)
+                if head is not None and head.phase == PHASE_OWNED:
+                    manifest = decode_committed(h, transaction.get("manifests", h))
+                    missing = self._missing(head.loss)
+                    return self._session_proto(
+                        head.session, head.user, manifest, states.decode(head.state), head, missing
+                    )
+            cold = await self._load(h)
+            # A row of the index without a manifest is a creation that was never acknowledged.
+            if cold is None or cold.manifest.lifecycle == LIFECYCLE_DELETED:
+                return None
+            if user is not None and cold.manifest.user != user:
+                return None
+            return self._cold_proto(cold.manifest)
+        except Corrupt as error:
+            return session_pb2.UnreadableSession(session_id="", reason=error.reason)
+
+    # Resume ------------------------------------------------------------------------------------------------------
+
+    async def resume(self, call: Call, request: session_pb2.ResumeSessionRequest) -> bytes:
+        """The active context within a budget: ActiveContext's wire bytes."""
+        h = self._hash(call, request.session_id)
+        check_user_id(request.user_id)
+        if request.reset_to_session_id:
+            check_session_id(request.reset_to_session_id, "reset_to_session_id")
+        if request.HasField("accept_missing"):
+            await self._accept_missing(h, request)
+        spec: Spec | None = None
+        fetched = False
+        for _ in range(ATTEMPTS_MAX):
+            with self._hot.read() as transaction:
+                head = log.read_head(transaction, h)
+                if head is not None and head.phase == PHASE_OWNED:
+                    check_user(request.session_id, head.user, request.user_id)
+                    if spec is None:
+                        spec = self._inline_spec(request.context, head.policy)
+                    if spec is not None:
+                        state = states.decode(head.state)
+                        standing = self._standing(request, head, state)
+                        if fetched and standing.rung == context_pb2.RUNG_HOT:
+                            standing.rung = context_pb2.RUNG_CLOUD
+                        try:
+                            reply = contexts.build(HotSource(transaction, h, head), h, state, spec, standing)
+                        except log.HistoryNeeded as error:
+                            needed = error
+                        else:
+                            self._count_rung(standing.rung)
+                            break
+            if head is None or head.phase != PHASE_OWNED:
+                return await self._resume_cold(h, request)
+            if spec is None:
+                spec = await self._spec(request.context, head.policy)
+                continue
+            await self._backfill(h, needed)
+            fetched = True
+        else:
+            raise Unavailable("NOT_OWNER", f"Session {request.session_id!r} keeps changing.", retry_after_ms=100)
+        if request.HasField("highest_acked") and head.loss:
+            await self._note_reached(h, request)
+        return reply
+
+    def _count_rung(self, rung: int) -> None:
+        self.rungs[context_pb2.Rung.Name(rung).removeprefix("RUNG_")] += 1
+
+    def _inline_spec(self, proto: context_pb2.ContextSpec, policy: dict[str, Any]) -> Spec | None:
+        """The checked spec if it needs no counting worth a thread, else None."""
+        if proto.ByteSize() > INLINE_COUNT_BYTES_MAX:
+            return None
+        return Spec(proto, policy, self._parts.tokenizer, self._parts.default_budget_tokens, "context")
+
+    async def _spec(self, proto: context_pb2.ContextSpec, policy: dict[str, Any]) -> Spec:
+        parts = self._parts
+        return await self._counted(
+            proto.ByteSize(), Spec, proto, policy, parts.tokenizer, parts.default_budget_tokens, "context"
+        )
+
+    def _missing(self, loss: list[list[int]]) -> list[context_pb2.MissingRange]:
+        return [
+            context_pb2.MissingRange(
+                first_seq=after_seq + 1,
+                last_seq=0,
+                epoch=epoch,
+                reason=reason,  # type: ignore[arg-type]
+                possible_only=True,
+            )
+            for epoch, after_seq, reason in loss
+        ]
+
+    def _standing(self, request: session_pb2.ResumeSessionRequest, head: Head, state: State) -> Standing:
+        """How a hot session is served: HOT, or PARTIAL where something is or may be missing."""
+        standing = Standing(
+            rung=context_pb2.RUNG_HOT,
+            ownership=self._ownership(),
+            node=self._parts.node.name,
+            head_seq=head.head_seq,
+            cloud_seq=head.cloud_seq,
+        )
+        self._judge(standing, request, head.loss, state)
+        return standing
+
+    def _judge(
+        self, standing: Standing, request: session_pb2.ResumeSessionRequest, loss: list[list[int]], state: State
+    ) -> None:
+        """Fill in what is missing, from what was lost and from what the caller knows."""
+        acked = request.highest_acked
+        knows = request.HasField("highest_acked")
+        for row in loss:
+            epoch, after_seq, _ = row
+            # This caller's acknowledged turns are all there: at or below what survived, or appended again since.
+            if knows and acked.epoch <= epoch and (acked.seq <= after_seq or acked.seq <= standing.head_seq):
+                continue
+            standing.missing += self._missing([row])
+        if knows and acked.seq > standing.head_seq:
+            standing.stale = True
+            standing.missing.append(
+                context_pb2.MissingRange(
+                    first_seq=standing.head_seq + 1, last_seq=acked.seq, epoch=acked.epoch, reason=REASON_LOST
+                )
+            )
+        version = state.boundary[0] << 32 | state.boundary[1]
+        if request.known_checkpoint_version > version:
+            standing.stale = True
+        if standing.missing:
+            standing.rung = context_pb2.RUNG_PARTIAL
+            first = standing.missing[0]
+            standing.notice = (
+                "The end of this conversation may be missing: "
+                f"messages after number {first.first_seq - 1} were not all recovered."
+            )
+
+    async def _accept_missing(self, h: bytes, request: session_pb2.ResumeSessionRequest) -> None:
+        """Go on without turns of an epoch that may be missing; durable before the reply."""
+        if request.read_only:
+            what = "it changes the session, which read_only rules out"
+            raise invalid("INVALID_CONTEXT", "accept_missing", what)
+        await self._own(h, request.session_id, request.user_id)
+        await self._drop_loss(h, lambda row: row[0] <= request.accept_missing)
+
+    async def _note_reached(self, h: bytes, request: session_pb2.ResumeSessionRequest) -> None:
+        """A caller had turns acknowledged that were lost, and the log has reached them again: they were re-appended."""
+        acked = request.highest_acked
+        head = self._peek(h)
+        if head is None:
+            return
+        if any(acked.epoch <= row[0] and row[1] < acked.seq <= head.head_seq for row in head.loss):
+            await self._drop_loss(h, lambda row: acked.epoch <= row[0] and row[1] < acked.seq <= head.head_seq)
+
+    async def _drop_loss(self, h: bytes, known: Callable[[list[int]], bool]) -> None:
+        now_ms = self._parts.clock_ms()
+
+        def operation(transaction: Transaction) -> None:
+            head = log.read_head(transaction, h)
+            if head is None or head.phase != PHASE_OWNED:
+                return
+            kept = [row for row in head.loss if not known(row)]
+            if kept != head.loss:
+                head.loss = kept
+                head.changes += 1
+                log.write_head(transaction, h, head, now_ms)
+
+        await self._hot.run(operation)
+
+    async def _resume_cold(self, h: bytes, request: session_pb2.ResumeSessionRequest) -> bytes:
+        """Serve a session from the cloud tier, and claim it behind the reply where no live node owns it."""
+        try:
+            cold = await self._cold(h, request.session_id, request.user_id)
+        except Corrupt:
+            if request.reset_to_session_id:
+                return await self._reset(h, request)
+            raise
+        manifest = cold.manifest
+        spec = await self._spec(request.context, manifest.policy)
+        state = states.decode(manifest.state)
+        standing = Standing(
+            rung=context_pb2.RUNG_CLOUD,
+            ownership=context_pb2.OWNERSHIP_CONFIRMED,
+            node=self._parts.node.name,
+            head_seq=manifest.head,
+            cloud_seq=manifest.head,
+        )
+        losses = list(manifest.loss)
+        claimable = True
+        try:
+            loss = self._loss(manifest)
+            if loss is not None:
+                losses.append(loss)
+        except Unavailable:
+            claimable = False
+        self._judge(standing, request, losses, state)
+        if not claimable:
+            standing.rung = context_pb2.RUNG_PARTIAL
+            standing.missing.append(unreachable(manifest))
+            standing.notice = standing.notice or "The newest part of this conversation can't be reached at the moment."
+        source = ColdSource(manifest)
+        for _ in range(ATTEMPTS_MAX * 16):
+            try:
+                reply = contexts.build(source, h, state, spec, standing)
+                break
+            except log.HistoryNeeded as error:
+                try:
+                    first_seq, last_seq, frames = await self._off_loop(self._segment_of, manifest, error.first_seq)
+                except Corrupt:
+                    if request.reset_to_session_id:
+                        return await self._reset(h, request)
+                    raise
+                source.add(first_seq, last_seq, frames)
+        else:
+            raise Unavailable("STORE_UNAVAILABLE", "The window needs too many segments.")
+        if claimable and not request.read_only and not self.draining and not self._parts.lease.lost:
+            self._start_claim(h, cold, loss)
+        self._count_rung(standing.rung)
+        return reply
+
+    def _segment_of(self, manifest: Manifest, seq: int) -> tuple[int, int, bytes]:
+        row = next((row for row in self._parts.segments.rows(manifest) if row[1] <= seq <= row[2]), None)
+        if row is None:
+            raise Corrupt(
+                "MISSING_SEGMENT",
+                f"No segment of session {manifest.session!r} holds turn {seq}.",
+                {"seq": str(seq), "session_id": manifest.session},
+            )
+        return int(row[1]), int(row[2]), self._parts.segments.frames(manifest, row)
+
+    async def _reset(self, h: bytes, request: session_pb2.ResumeSessionRequest) -> bytes:
+        del h
+        raise_not_served("reset_to_session_id")
+        raise AssertionError(request)
+
+    # Append ------------------------------------------------------------------------------------------------------
+
+    async def append(self, call: Call, request: session_pb2.AppendTurnRequest) -> tuple[bytes | None, Any]:
+        """Append turns; (ActiveContext's wire bytes or None, the rest of AppendTurnResponse)."""
+        h = self._hash(call, request.session_id)
+        check_user_id(request.user_id)
+        check_durability(request.durability)
+        self._check_not_fenced()
+        if request.writer_token:
+            raise_not_served("writer_token")
+        turns = await self._counted(
+            request.ByteSize(),
+            prepare_turns,
+            request.turns,
+            self._parts.bucket.hash_key,
+            self._parts.tokenizer,
+            self._parts.turn_bytes_max,
+        )
+        expected = (request.expected.epoch, request.expected.seq) if request.HasField("expected") else None
+        spec: Spec | None = None
+        if request.HasField("context"):
+            # A context that can't be made must be refused before anything is appended.
+            spec = await self._spec(request.context, self._policy(h))
+            if spec.new_message is not None:
+                raise invalid("INVALID_CONTEXT", "context.new_message", "an append's new message is among its turns")
+        response = session_pb2.AppendTurnResponse()
+        try:
+            done = await self._append(call, h, request.session_id, request.user_id, turns, expected, None)
+        except Conflict as error:
+            if error.reason != "EXPECTED_MISMATCH" or request.conflict_mode != session_pb2.CONFLICT_MODE_RETURN_TAIL:
+                raise
+            assert expected is not None
+            return None, await self._conflict(h, expected[1])
+        await self._reach(call, h, done, request.durability)
+        head = self._peek(h) or done.head
+        self._fill(response, done, head)
+        if spec is None:
+            return None, response
+        resume = session_pb2.ResumeSessionRequest(session_id=request.session_id, context=request.context)
+        try:
+            return await self.resume(call, resume), response
+        except SessiondError as error:
+            response.context_error.CopyFrom(item_error(error))
+            return None, response
+
+    def _policy(self, h: bytes) -> dict[str, Any]:
+        head = self._peek(h)
+        return head.policy if head is not None else {}
+
+    async def _append(
+        self,
+        call: Call,
+        h: bytes,
+        session_id: str,
+        user_id: str,
+        turns: Any,
+        expected: tuple[int, int] | None,
+        state_etag: tuple[int, int] | None,
+    ) -> log.Appended:
+        del call
+        if self.draining:
+            raise draining()
+        weight_bytes = sum(len(turn.body) for turn in turns)
+
+        def operation(transaction: Transaction) -> log.Appended | log.HistoryNeeded:
+            now_ms = self._parts.clock_ms()
+
+            def birth() -> dict[str, str]:
+                return dict(decode_committed(h, transaction.get("manifests", h)).birth["metadata"])
+
+            try:
+                return log.append(transaction, h, session_id, turns, expected, state_etag, now_ms, birth)
+            except log.HistoryNeeded as needed:
+                return needed
+
+        for _ in range(ATTEMPTS_MAX):
+            await self._own(h, session_id, user_id)
+            if self._hot.is_full():
+                raise hot_tier_full(self._hot)
+            try:
+                outcome = await self._hot.run(operation, weight_bytes)
+            except Unavailable as error:
+                if error.reason == "NOT_OWNER" and not self.draining:
+                    continue  # released in between: take it again
+                raise draining() if self.draining else error from None
+            if isinstance(outcome, log.Appended):
+                return outcome
+            await self._backfill(h, outcome)
+        raise Unavailable("NOT_OWNER", f"Session {session_id!r} keeps changing hands.", {"session_id": session_id})
+
+    async def _reach(self, call: Call, h: bytes, done: log.Appended, durability: int) -> None:
+        """Wait for the durability that was asked for. Raises Unavailable CLOUD_NOT_COMMITTED; the turns stay."""
+        if max(durability, done.head.min_durability) < DURABILITY_CLOUD:
+            return
+        last_seq = max(turn.seq for turn in done.turns)
+        detail = "the cloud tier did not confirm in time"
+        for _ in range(ATTEMPTS_MAX):
+            head = self._peek(h)
+            if head is not None and head.cloud_seq >= last_seq and head.changes_flushed >= done.head.changes:
+                return
+            if head is not None and head.phase not in (PHASE_OWNED, PHASE_RELEASING):
+                detail = "the session changed hands"
+                break
+            try:
+                await wait_until(asyncio.wrap_future(self._parts.flusher.request(h)), self._remaining_ms(call))
+            except TimeoutError:
+                break
+            except SessiondError as error:
+                detail = error.message
+                break
+        positions = ",".join(f"{turn.epoch}:{turn.seq}" for turn in done.turns[:16])
+        raise Unavailable(
+            "CLOUD_NOT_COMMITTED",
+            f"Turn {last_seq} is not committed in the cloud tier: {detail}",
+            {
+                "seq": str(last_seq),
+                "epoch": str(done.turns[-1].epoch),
+                "positions": positions,
+                "durability": "DURABILITY_EDGE",
+            },
+        )
+
+    def _remaining_ms(self, call: Call) -> int | None:
+        if call.deadline_ms is None:
+            return None
+        return max(0, call.deadline_ms - self._parts.clock_ms() - REPLY_MARGIN_MS)
+
+    def _fill(self, response: session_pb2.AppendTurnResponse, done: log.Appended, head: Head) -> None:
+        state = states.decode(head.state)
+        duplicates = sum(turn.duplicate for turn in done.turns)
+        response.outcome = (
+            session_pb2.APPEND_OUTCOME_DUPLICATE
+            if duplicates == len(done.turns)
+            else session_pb2.APPEND_OUTCOME_APPENDED
+        )
+        response.turns.extend(appended_proto(turn) for turn in done.turns)
+        response.head.epoch, response.head.seq = state.epoch, head.head_seq
+        response.cloud_seq = head.cloud_seq
+        response.checkpoint_version = state.boundary[0] << 32 | state.boundary[1]
+        last_seq = max(turn.seq for turn in done.turns)
+        response.durability = turn_pb2.DURABILITY_CLOUD if head.cloud_seq >= last_seq else turn_pb2.DURABILITY_EDGE
+        response.ownership = self._ownership()  # type: ignore[assignment]
+        response.missing.extend(self._missing(head.loss))
+
+    async def _conflict(self, h: bytes, after_seq: int) -> session_pb2.AppendTurnResponse:
+        frames, _, head = await self._read_turns(h, after_seq + 1, 0, CONFLICT_TAIL_BYTES_MAX, TURNS_PAGE_MAX)
+        conflict = session_pb2.AppendConflict.FromString(frames)
+        state = states.decode(head.state)
+        conflict.head.epoch, conflict.head.seq = state.epoch, head.head_seq
+        conflict.truncated = not conflict.turns or conflict.turns[-1].seq < head.head_seq
+        return session_pb2.AppendTurnResponse(
+            outcome=session_pb2.APPEND_OUTCOME_CONFLICT,
+            conflict=conflict,
+            head=conflict.head,
+            cloud_seq=head.cloud_seq,
+            checkpoint_version=state.boundary[0] << 32 | state.boundary[1],
+            ownership=self._ownership(),  # type: ignore[arg-type]
+            missing=self._missing(head.loss),
+        )
+
+    async def update(self, call: Call, request: session_pb2.UpdateSessionRequest) -> session_pb2.UpdateSessionResponse:
+        """Append a state turn."""
+        h = self._hash(call, request.session_id)
+        check_user_id(request.user_id)
+        check_durability(request.durability)
+        self._check_not_fenced()
+        turn = turn_pb2.TurnInput(turn_id=request.turn_id, state=request.change)
+        prepared = await self._counted(
+            turn.ByteSize(),
+            prepare_turns,
+            [turn],
+            self._parts.bucket.hash_key,
+            self._parts.tokenizer,
+            self._parts.turn_bytes_max,
+            "change",
+        )
+        etag = parse_etag(request.etag) if request.etag else None
+        # A session that turns to CLOUD only, or away from it, is so in both tiers before anybody hears of it.
+        durability = DURABILITY_CLOUD if prepared[0].policy is not None else request.durability
+        done = await self._append(call, h, request.session_id, request.user_id, prepared, None, etag)
+        await self._reach(call, h, done, durability)
+        return session_pb2.UpdateSessionResponse(
+            session=await self._describe(call, h, request.session_id, request.user_id),
+            appended=appended_proto(done.turns[0]),
+        )
+
+    # Transcript and checkpoints ----------------------------------------------------------------------------------
+
+    async def list_turns(
+        self, call: Call, request: session_pb2.ListTurnsRequest
+    ) -> tuple[bytes, session_pb2.ListTurnsResponse]:
+        """One page of the transcript: (frames, the rest of ListTurnsResponse)."""
+        h = self._hash(call, request.session_id)
+        check_user_id(request.user_id)
+        size = page_size(request.page_size, TURNS_PAGE_DEFAULT, TURNS_PAGE_MAX)
+        query = b"turns" + h
+        first_seq, last_seq = max(1, request.first_seq), request.last_seq
+        if request.page_token:
+            place = open_page(self._parts.bucket.hash_key, query, request.page_token)
+            first_seq, last_seq = int(place[0]), int(place[1])
+        elif last_seq and last_seq < first_seq:
+            raise invalid("INVALID_CONTEXT", "last_seq", f"{last_seq} is below first_seq {first_seq}")
+        response = session_pb2.ListTurnsResponse()
+        try:
+            frames, reached, head = await self._read_turns(h, first_seq, last_seq, PAGE_BYTES_MAX, size)
+            check_user(request.session_id, head.user, request.user_id)
+            standing = self._standing(session_pb2.ResumeSessionRequest(), head, states.decode(head.state))
+            if first_seq < head.hot_first and standing.rung == context_pb2.RUNG_HOT:
+                standing.rung = context_pb2.RUNG_CLOUD
+            epoch = states.decode(head.state).epoch
+        except NotFound:
+            cold = await self._cold(h, request.session_id, request.user_id)
+            frames, reached, standing, epoch = await self._cold_turns(cold.manifest, first_seq, last_seq, size)
+        last_seq = last_seq or standing.head_seq
+        response.receipt.CopyFrom(
+            context_pb2.Receipt(
+                rung=standing.rung,  # type: ignore[arg-type]
+                ownership=standing.ownership,  # type: ignore[arg-type]
+                missing=standing.missing,
+                head=turn_pb2.TurnPosition(epoch=epoch, seq=standing.head_seq),
+                cloud_seq=standing.cloud_seq,
+                notice=standing.notice,
+                node=standing.node,
+            )
+        )
+        if reached >= first_seq:
+            response.receipt.verbatim.add(first_seq=first_seq, last_seq=reached)
+        if reached < min(last_seq, standing.head_seq):
+            response.next_page_token = seal_page(self._parts.bucket.hash_key, query, [reached + 1, last_seq])
+        return frames, response
+
+    async def _read_turns(
+        self, h: bytes, first_seq: int, last_seq: int, bytes_max: int, turns_max: int
+    ) -> tuple[bytes, int, Head]:
+        """(frames, last seq in them, head) of an owned session. Raises NotFound if it is not hot here."""
+        with self._hot.read() as transaction:
+            head = log.read_head(transaction, h)
+            if head is None or head.phase != PHASE_OWNED:
+                raise not_found("")
+            last = min(last_seq or head.head_seq, head.head_seq, first_seq + turns_max - 1)
+            if first_seq > last:
+                return b"", first_seq - 1, head
+            if first_seq >= head.hot_first:
+                frames, reached = log.frames_between(transaction, h, first_seq, last, bytes_max)
+                return frames, reached, head
+            manifest = decode_committed(h, transaction.get("manifests", h))
+        last = min(last, head.hot_first - 1)
+        frames, reached = await self._off_loop(self._parts.segments.between, manifest, first_seq, last, bytes_max)
+        return frames, reached, head
+
+    async def _cold_turns(
+        self, manifest: Manifest, first_seq: int, last_seq: int, turns_max: int
+    ) -> tuple[bytes, int, Standing, int]:
+        standing = Standing(
+            rung=context_pb2.RUNG_CLOUD,
+            ownership=context_pb2.OWNERSHIP_CONFIRMED,
+            node=self._parts.node.name,
+            head_seq=manifest.head,
+            cloud_seq=manifest.head,
+        )
+        losses = list(manifest.loss)
+        state = states.decode(manifest.state)
+        try:
+            loss = self._loss(manifest)
+            losses += [loss] if loss else []
+        except Unavailable:
+            standing.missing.append(unreachable(manifest))
+        self._judge(standing, session_pb2.ResumeSessionRequest(), losses, state)
+        last = min(last_seq or manifest.head, manifest.head, first_seq + turns_max - 1)
+        if first_seq > last:
+            return b"", first_seq - 1, standing, state.epoch
+        frames, reached = await self._off_loop(
+            self._parts.segments.between, manifest, first_seq, last, PAGE_BYTES_MAX
+        )
+        return frames, reached, standing, state.epoch
+
+    async def list_checkpoints(
+        self, call: Call, request: session_pb2.ListCheckpointsRequest
+    ) -> session_pb2.ListCheckpointsResponse:
+        """The newest checkpoints, newest first."""
+        h = self._hash(call, request.session_id)
+        check_user_id(request.user_id)
+        saved: list[tuple[int, bytes]] | None = None
+        with self._hot.read() as transaction:
+            head = log.read_head(transaction, h)
+            if head is not None and head.phase == PHASE_OWNED:
+                check_user(request.session_id, head.user, request.user_id)
+                saved = log.checkpoints(transaction, h)
+        if saved is None:
+            cold = await self._cold(h, request.session_id, request.user_id)
+            saved = [(int(version), bytes(content)) for version, content in cold.manifest.checkpoints]
+        response = session_pb2.ListCheckpointsResponse()
+        for _, content in sorted(saved, reverse=True):
+            state = states.decode(content)
+            header = contexts.checkpoint_header(state)
+            assert header is not None
+            header.digest = core_digest(content)
+            response.checkpoints.add(
+                header=header, content=content, state=contexts.state_proto(state), pins=contexts.pin_protos(state)
+            )
+        return response
+
+
+def core_digest(content: bytes) -> bytes:
+    """16 bytes that name a checkpoint's content."""
+    return rules.next_chain(b"", content)
+
+
+def not_found(session_id: str) -> NotFound:
+    """There is no such session, or it is another user's."""
+    return NotFound("SESSION_NOT_FOUND", f"There is no session {session_id!r}.", {"session_id": session_id})
+
+
+def check_user(session_id: str, actual: str, named: str) -> None:
+    """A request that names another user sees no session. Raises NotFound."""
+    if named and named != actual:
+        raise not_found(session_id)
+
+
+def check_durability(durability: int) -> None:
+    """Raises Invalid if it is no Durability."""
+    if durability not in (0, DURABILITY_EDGE, DURABILITY_CLOUD):
+        raise invalid("INVALID_CONTEXT", "durability", f"{durability} is no durability")
+
+
+def draining() -> Unavailable:
+    """The refusal of a node on its way out."""
+    return Unavailable("NODE_DRAINING", "This node is draining.")
+
+
+def hot_tier_full(hot: Environment) -> SessiondError:
+    """The refusal of a full map."""
+    from sessiond.errors import Exhausted
+
+    used, size = hot.used_bytes()
+    return Exhausted(
+        "HOT_TIER_FULL",
+        f"The hot tier uses {used} of {size} bytes.",
+        {"used_bytes": str(used), "map_size_bytes": str(size)},
+    )
+
+
+def unreachable(manifest: Manifest) -> context_pb2.MissingRange:
+    """Turns that the present owner may have and that can't be read from here."""
+    return context_pb2.MissingRange(
+        first_seq=manifest.head + 1, epoch=manifest.epoch, reason=REASON_UNREACHABLE, possible_only=True
+    )
+
+
+def raise_not_served(field: str) -> None:
+    """Raises Unimplemented for a field of the contract that this release does not serve."""
+    from sessiond.errors import Unimplemented
+
+    raise Unimplemented(
+        "NOT_SERVED_YET",
+        f"{field} is part of the contract but not served by this release.",
+        fields=[(field, "not served yet")],
+    )
+
+
+def page_size(asked: int, default: int, limit: int) -> int:
+    """The page size to use. Raises Invalid INVALID_PAGE_SIZE."""
+    if asked > limit:
+        raise invalid("INVALID_PAGE_SIZE", "page_size", f"{asked} is above {limit}")
+    return asked or default
+
+
+def parse_etag(etag: str) -> tuple[int, int]:
+    """(epoch, seq) of a state's etag. Raises Invalid."""
+    epoch, dash, seq = etag.partition("-")
+    if not dash or not epoch.isdigit() or not seq.isdigit() or len(etag) > 40:
+        raise invalid("INVALID_STATE_CHANGE", "etag", f"{etag!r} is no etag of a state")
+    return int(epoch), int(seq)
+
+
+def appended_proto(turn: log.Placed) -> session_pb2.AppendedTurn:
+    """Where one turn ended up, as the wire has it."""
+    return session_pb2.AppendedTurn(
+        turn_id=turn.turn_id,
+        position=turn_pb2.TurnPosition(epoch=turn.epoch, seq=turn.seq),
+        duplicate=turn.duplicate,
+        append_time_unix_ms=turn.time_ms,
+        tokens_o200k=turn.tokens[0],
+        tokens_cl100k=turn.tokens[1],
+    )
+
+
+_CODES: Final = {
+    "INVALID_ARGUMENT": 3,
+    "DEADLINE_EXCEEDED": 4,
+    "NOT_FOUND": 5,
+    "ALREADY_EXISTS": 6,
+    "PERMISSION_DENIED": 7,
+    "RESOURCE_EXHAUSTED": 8,
+    "FAILED_PRECONDITION": 9,
+    "ABORTED": 10,
+    "UNIMPLEMENTED": 12,
+    "INTERNAL": 13,
+    "UNAVAILABLE": 14,
+    "DATA_LOSS": 15,
+}
+
+
+def item_error(error: SessiondError) -> session_pb2.ItemError:
+    """A refusal as one item of a reply."""
+    from sessiond.errors import REASONS
+
+    return session_pb2.ItemError(
+        code=_CODES[REASONS[error.reason].status],
+        reason=error.reason,
+        message=str(error),
+        metadata=error.metadata,
+        retry_after_ms=error.retry_after_ms or 0,
+    )
+
+
+async def wait_until(work: Awaitable[Result], timeout_ms: int | None) -> Result:
+    """The result of the work, or TimeoutError; the work goes on."""
+    future = asyncio.ensure_future(work)
+    return await asyncio.wait_for(asyncio.shield(future), None if timeout_ms is None else timeout_ms / 1000)
