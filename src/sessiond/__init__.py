@@ -1,0 +1,3 @@
+"""sessiond: durable, budgeted sessions for stateless models."""
+
+__version__ = "0.1.0"

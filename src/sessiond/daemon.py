@@ -1,0 +1,165 @@
+"""Startup, serve, drain: the only place where the parts are wired together."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import structlog
+
+from sessiond import __version__, core, telemetry
+from sessiond.config import Settings
+from sessiond.errors import SessiondError
+from sessiond.service.node import CallCounts, Node
+from sessiond.service.sessions import Parts, Sessions
+from sessiond.tiers.cloud.bucket import open_bucket
+from sessiond.tiers.cloud.counting import CountingStore
+from sessiond.tiers.cloud.lease import Lease
+from sessiond.tiers.cloud.open import open_store
+from sessiond.tiers.cloud.fit import ensure_fit
+from sessiond.tiers.flush import Flusher
+from sessiond.tiers.hot.environment import Environment
+from sessiond.tiers.hydrate import Claims, Segments
+from sessiond.tiers.hydrate import Node as NodeIdentity
+from sessiond.tokens import Tokenizer
+from sessiond.transport.server import Server
+from sessiond.v1 import admin_pb2
+
+log = structlog.get_logger("sessiond")
+
+STORE_THREADS = 32
+STOP_GRACE_S = 2.0
+
+
+def now_ms() -> int:
+    """Milliseconds since 1970 UTC."""
+    return time.time_ns() // 1_000_000
+
+
+class Daemon:
+    """One daemon: `run` until it is told to stop."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self.port = 0
+
+    async def run(self) -> bool:
+        """Start, serve until SIGTERM, SIGINT or a drain that shuts down, drain, stop. Whether the drain was clean.
+
+        Raises SessiondError if it can't start; whatever was opened is closed then.
+        """
+        with contextlib.ExitStack() as opened:
+            server, node, lease = await self._start(opened)
+            await self._serve(server)
+            clean = await self._drain(node)
+            await server.stop(STOP_GRACE_S)
+            await asyncio.to_thread(lease.stop, clean)
+        log.info(telemetry.STOPPED, clean=clean)
+        return clean
+
+    async def _start(self, opened: contextlib.ExitStack) -> tuple[Server, Node, Lease]:
+        settings = self._settings
+        log.info(telemetry.STARTING, version=__version__, node=settings.node, compiled_core=core.COMPILED)
+        calls = CallCounts()
+        server = Server(now_ms, calls, settings.request_bytes_max, settings.concurrent_calls_max)
+        self.port = server.bind(settings.listen)
+        tokenizer = Tokenizer()
+        tokenizer.verify_vocabularies()
+        store = CountingStore(
+            open_store(
+                settings.cloud_url,
+                endpoint=settings.s3_endpoint,
+                region=settings.s3_region,
+                path_style=settings.s3_path_style,
+                connect_timeout_ms=settings.store_connect_timeout_ms,
+                read_timeout_ms=settings.store_read_timeout_ms,
+            )
+        )
+        opened.callback(store.close)
+        bucket = open_bucket(store, bytes.fromhex(settings.hash_key), now_ms())
+        ensure_fit(store)
+        hot = Environment(settings.hot_dir, settings.map_size_bytes, settings.readers_max, settings.commit_group_max)
+        opened.callback(hot.close)
+        hot.bind_store(bucket.store_id)
+        identity = NodeIdentity(hot.incarnation, settings.node, settings.listen)
+        loop = asyncio.get_running_loop()
+
+        def lease_lost() -> None:
+            log.error(telemetry.LEASE_LOST, node=settings.node)
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(server.shut_down.set)
+
+        lease = Lease(store, settings.node, hot.incarnation, settings.listen, settings.lease_ms, lease_lost)
+        await asyncio.to_thread(lease.acquire)
+        lease.start()
+        opened.callback(lease.stop, False)
+        flusher = Flusher(
+            hot, store, identity, settings.flush_interval_ms, settings.flush_threads, now_ms
+        )
+        flusher.start()
+        opened.callback(flusher.stop)
+        claims = Claims(hot, store, bucket, identity, time.sleep)
+        opened.callback(claims.close)
+        executor = ThreadPoolExecutor(max_workers=STORE_THREADS, thread_name_prefix="store")
+        opened.callback(executor.shutdown, wait=True, cancel_futures=True)
+        parts = Parts(
+            hot=hot,
+            store=store,
+            bucket=bucket,
+            node=identity,
+            lease=lease,
+            flusher=flusher,
+            claims=claims,
+            segments=Segments(store),
+            tokenizer=tokenizer,
+            executor=executor,
+            clock_ms=now_ms,
+            turn_bytes_max=settings.turn_bytes_max,
+            default_budget_tokens=settings.default_budget_tokens,
+        )
+        sessions = Sessions(parts)
+        node = Node(parts, sessions, store, __version__, settings.drain_grace_ms, calls)
+        server.serve(sessions, node)
+        node.phase = admin_pb2.NODE_PHASE_SERVING
+        await server.start()
+        # Loading a vocabulary takes a quarter of a second that the first append would wait for, and no resume needs.
+        threading.Thread(target=tokenizer.warm, name="vocabulary", daemon=True).start()
+        log.info(telemetry.SERVING, listen=settings.listen, port=self.port, cloud=store.url, hot=str(hot.path))
+        return server, node, lease
+
+    async def _serve(self, server: Server) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, server.shut_down.set)
+        await server.shut_down.wait()
+
+    async def _drain(self, node: Node) -> bool:
+        if node.phase == admin_pb2.NODE_PHASE_DRAINED:
+            return True
+        log.info(telemetry.DRAINING)
+        clean = False
+        async for progress in node.drain(0):
+            if progress.done:
+                clean = progress.clean
+                log.info(
+                    telemetry.DRAINED,
+                    clean=clean,
+                    released=progress.released_sessions,
+                    remaining=progress.remaining_sessions,
+                    failures=dict(progress.failures),
+                )
+        return clean
+
+
+def serve(settings: Settings) -> bool:
+    """Run a daemon in this process until it is told to stop; whether everything was flushed and released."""
+    telemetry.set_up_logs(settings.log_level)
+    try:
+        return asyncio.run(Daemon(settings).run())
+    except SessiondError as error:
+        log.error(telemetry.START_REFUSED, reason=error.reason, message=str(error))
+        raise

@@ -1,0 +1,208 @@
+"""What AdminService's calls mean on one node: status, flush, drain. It promises that a clean drain leaves nothing behind.
+
+It never stops the process; `daemon` does, when a drain asked for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+from sessiond import core
+from sessiond.core import rules
+from sessiond.errors import SessiondError
+from sessiond.service.prepare import check_session_id
+from sessiond.service.sessions import Call, Parts, Sessions
+from sessiond.tiers.cloud.counting import CountingStore
+from sessiond.tiers.hot.rows import PHASE_OWNED, PHASE_RELEASING, decode_head
+from sessiond.v1 import admin_pb2
+
+DRAIN_IN_FLIGHT_MAX: Final = 64
+PROGRESS_EVERY_MS: Final = 250
+
+
+@dataclass
+class CallCounts:
+    """Calls by method, status and reason."""
+
+    counts: Counter[tuple[str, str, str]] = field(default_factory=Counter)
+
+    def add(self, method: str, status: str, reason: str) -> None:
+        """Count one call."""
+        self.counts[(method, status, reason)] += 1
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * 4096
+    except OSError:
+        return 0
+
+
+class Node:
+    """AdminService, without the wire."""
+
+    def __init__(
+        self, parts: Parts, sessions: Sessions, store: CountingStore, version: str, grace_ms: int, calls: CallCounts
+    ) -> None:
+        self._parts = parts
+        self._sessions = sessions
+        self._store = store
+        self._version = version
+        self._grace_ms = grace_ms
+        self._calls = calls
+        self._started_ms = parts.clock_ms()
+        self.phase = admin_pb2.NODE_PHASE_STARTING
+        self.on_phase: Callable[[], None] = lambda: None
+
+    def set_phase(self, phase: admin_pb2.NodePhase) -> None:
+        """Move on, and let health know."""
+        self.phase = phase
+        self.on_phase()
+
+    async def status(self) -> admin_pb2.GetStatusResponse:
+        """What the node is doing."""
+        parts = self._parts
+        used, size = parts.hot.used_bytes()
+        dirty, oldest_ms = parts.flusher.dirty()
+        with parts.hot.read() as transaction:
+            sessions = transaction.entries("heads")
+        cloud = admin_pb2.CloudTierStatus(
+            url=parts.store.url,
+            store_id=parts.bucket.store_id,
+            reachable=self._store.reachable,
+            last_error=self._store.last_error or parts.flusher.last_error,
+            lease_valid=parts.lease.is_valid(),
+        )
+        for kind, outcome, count, moved in self._store.snapshot():
+            cloud.requests.add(kind=kind, outcome=outcome, count=count, bytes=moved)
+        response = admin_pb2.GetStatusResponse(
+            version=self._version,
+            node=parts.node.name,
+            incarnation=parts.node.incarnation,
+            phase=self.phase,
+            started_at_unix_ms=self._started_ms,
+            compiled_core=core.COMPILED,
+            hot=admin_pb2.HotTierStatus(
+                sessions=sessions,
+                map_used_bytes=used,
+                map_size_bytes=size,
+                dirty_sessions=dirty,
+                oldest_dirty_ms=oldest_ms,
+                path=str(parts.hot.path),
+                readers=parts.hot.readers(),
+            ),
+            cloud=cloud,
+            group_commit=admin_pb2.GroupCommitStatus(
+                commits=parts.hot.commits, appends=parts.hot.appends, group_max=parts.hot.group_size_max
+            ),
+            resident_bytes=resident_bytes(),
+        )
+        for (method, status, reason), count in sorted(self._calls.counts.items()):
+            response.calls.add(method=method, status=status, reason=reason, count=count)
+        for rung, count in self._sessions.rungs.items():
+            response.rungs.add(rung=rung, count=count)
+        return response
+
+    async def flush(self, call: Call, request: admin_pb2.FlushRequest) -> admin_pb2.FlushResponse:
+        """Write everything that the cloud tier lacks, and wait for it."""
+        if request.session_id:
+            check_session_id(request.session_id)
+            wanted = [rules.session_hash(self._parts.bucket.hash_key, call.tenant, request.session_id)]
+        else:
+            with self._parts.hot.read() as transaction:
+                wanted = [bytes(key) for key, _ in transaction.scan("dirty", b"")]
+        response = admin_pb2.FlushResponse()
+        failures: Counter[str] = Counter()
+        for start in range(0, len(wanted), DRAIN_IN_FLIGHT_MAX):
+            batch = wanted[start : start + DRAIN_IN_FLIGHT_MAX]
+            outcomes = await asyncio.gather(
+                *(asyncio.wrap_future(self._parts.flusher.request(h)) for h in batch), return_exceptions=True
+            )
+            for outcome in outcomes:
+                if isinstance(outcome, BaseException):
+                    failures[reason_of(outcome)] += 1
+                elif outcome.wrote:
+                    response.flushed_sessions += 1
+        response.failed_sessions = sum(failures.values())
+        response.failures.update(failures)
+        return response
+
+    def _owned(self) -> list[bytes]:
+        owned: list[bytes] = []
+        with self._parts.hot.read() as transaction:
+            for key, value in transaction.scan("heads", b""):
+                try:
+                    if decode_head(key, value).phase in (PHASE_OWNED, PHASE_RELEASING):
+                        owned.append(key)
+                except SessiondError:
+                    owned.append(key)  # a damaged row can't be released: the drain must say so
+        return owned
+
+    async def drain(self, grace_ms: int) -> AsyncIterator[admin_pb2.DrainResponse]:
+        """Refuse new work, then flush and release every session; progress until done, the last one says how it ended."""
+        parts = self._parts
+        self._sessions.draining = True
+        if self.phase != admin_pb2.NODE_PHASE_DRAINED:
+            self.set_phase(admin_pb2.NODE_PHASE_DRAINING)
+        deadline_ms = parts.clock_ms() + (grace_ms or self._grace_ms)
+        progress = admin_pb2.DrainResponse()
+        while True:
+            owned = self._owned()
+            failures: Counter[str] = Counter()
+            progress.remaining_sessions = len(owned)
+            reported_ms = 0
+            in_flight: set[asyncio.Future[object]] = set()
+            queue = iter(owned)
+            pending = True
+            while pending or in_flight:
+                while pending and len(in_flight) < DRAIN_IN_FLIGHT_MAX and parts.clock_ms() < deadline_ms:
+                    h = next(queue, None)
+                    if h is None:
+                        pending = False
+                        break
+                    in_flight.add(asyncio.ensure_future(asyncio.wrap_future(parts.flusher.request(h, release=True))))
+                if not in_flight:
+                    break
+                timeout = max(0.0, (deadline_ms - parts.clock_ms()) / 1000)
+                done, in_flight = await asyncio.wait(
+                    in_flight, timeout=timeout, return_when=asyncio.FIRST_COMPLETED
+                )
+                if not done:
+                    for future in in_flight:
+                        future.cancel()
+                    failures["DEADLINE_TOO_SHORT"] += len(in_flight)
+                    break
+                for future in done:
+                    error = future.exception()
+                    if error is not None:
+                        failures[reason_of(error)] += 1
+                    else:
+                        progress.released_sessions += 1
+                        progress.remaining_sessions -= 1
+                if parts.clock_ms() - reported_ms >= PROGRESS_EVERY_MS:
+                    reported_ms = parts.clock_ms()
+                    yield progress
+            progress.failed_sessions = sum(failures.values())
+            progress.failures.clear()
+            progress.failures.update(failures)
+            left = self._owned()
+            progress.remaining_sessions = len(left)
+            if not left or parts.clock_ms() >= deadline_ms:
+                progress.done = True
+                progress.clean = not left
+                if not left:
+                    self.set_phase(admin_pb2.NODE_PHASE_DRAINED)
+                yield progress
+                return
+            await asyncio.sleep(min(0.2, max(0.0, (deadline_ms - parts.clock_ms()) / 1000)))
+
+
+def reason_of(error: BaseException) -> str:
+    """A short name of what went wrong."""
+    return error.reason if isinstance(error, SessiondError) else type(error).__name__
