@@ -6,8 +6,10 @@ no buffer longer than a call.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+import operator
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final
 
 import google_crc32c
 import msgpack
@@ -43,6 +45,7 @@ from sessiond.core.layout import (
     MODE_FULL,
     MODE_HYBRID,
     MODE_LAST_N,
+    MODE_SUMMARY,
     PREFIX_BYTES,
     ROLE_DEVELOPER,
     ROLE_SYSTEM,
@@ -52,17 +55,51 @@ from sessiond.core.layout import (
     corrupt_frame,
 )
 from sessiond.core.state import RESTORED_PLACES, decode_places, encode_places
+from sessiond.errors import Corrupt
 
 Buffer = bytes | bytearray | memoryview
 
 COMPILED = False
 
+_MASK_32 = (1 << 32) - 1
 _MASK_64 = (1 << 64) - 1
+_HASH_BYTES = 16
+
+
+def _view(buffer: Buffer) -> memoryview:
+    """Any contiguous buffer as flat bytes, without a copy."""
+    try:
+        view = memoryview(buffer)
+    except TypeError:
+        raise TypeError(f"a bytes-like object is required, not '{type(buffer).__name__}'") from None
+    if not view.c_contiguous:
+        raise BufferError("memoryview: underlying buffer is not C-contiguous")
+    return view.cast("B") if view.nbytes else memoryview(b"")
+
+
+def _owned(buffer: Buffer) -> bytes:
+    """The buffer's bytes, ours for as long as we like; bytes themselves are not copied."""
+    return buffer if type(buffer) is bytes else bytes(_view(buffer))
+
+
+def _owned_hash(session_hash: bytes) -> bytes:
+    owned = _owned(session_hash)
+    if len(owned) != _HASH_BYTES:
+        raise ValueError("a session's hash is 16 bytes")
+    return owned
+
+
+def _within(name: str, value: int, low: int, high: int) -> int:
+    """An argument as an int that is within its range; ValueError if it is not."""
+    number = operator.index(value)
+    if not low <= number <= high:
+        raise ValueError(f"{name} is {number}, not within {low} to {high}")
+    return number
 
 
 def crc32c(data: Buffer, seed: int = 0) -> int:
     """CRC32C (Castagnoli) of the bytes, continued from `seed`."""
-    return int(google_crc32c.extend(seed, bytes(data)))
+    return int(google_crc32c.extend(_within("seed", seed, 0, _MASK_32), _owned(data)))
 
 
 def _frame_crc(session_hash: bytes, buffer: Buffer, offset: int, end: int) -> int:
@@ -92,11 +129,14 @@ def seal_frame(
 
     Raises OverflowError or ValueError if a value does not fit its field.
     """
-    length = HEADER_BYTES - PREFIX_BYTES + len(body)
-    if length > FRAME_BYTES_MAX:
-        raise ValueError(f"a body of {len(body)} bytes does not fit a frame")
-    if len(session_hash) != 16 or len(digest) != 16 or len(chain) != 16:
+    hash_bytes, digest_bytes, chain_bytes, content = _owned(session_hash), _owned(digest), _owned(chain), _owned(body)
+    if not len(hash_bytes) == len(digest_bytes) == len(chain_bytes) == _HASH_BYTES:
         raise ValueError("hash, digest and chain are 16 bytes each")
+    length = HEADER_BYTES - PREFIX_BYTES + len(content)
+    if length > FRAME_BYTES_MAX:
+        raise ValueError(f"a body of {len(content)} bytes does not fit a frame")
+    if not len(cumulative) == len(tokens) == len(sources) == ENCODING_SLOTS:
+        raise ValueError("cumulative, tokens and sources have one value per encoding slot")
     padded = bytes(
         [
             length & 0x7F | 0x80,
@@ -106,20 +146,28 @@ def seal_frame(
             length >> 28 & 0x7F,
         ]
     )
-    counts: list[int] = []
-    for slot in range(ENCODING_SLOTS):
-        tag = (0x4A, 0x52, 0x5A)[slot]
-        counts += (tag, 16, 0x09, cumulative[slot], 0x15, tokens[slot], 0x18, sources[slot])
     try:
-        head = HEADER_STRUCT.pack(
-            *(FRAME_TAG, padded, 0x09, seq, 0x15, epoch, 0x19, time_ms, 0x20, kind, 0x28, role, 0x30, status),
-            *(0x3D, flags, 0x41, prev_live_seq, *counts),
-            *(0x82, 0x01, 16, digest, 0x8A, 0x01, 16, chain, 0x95, 0x01, 0),
-        )
-    except Exception as error:
-        raise OverflowError(f"a header field is out of range: {error}") from None
-    frame = head + bytes(body)
-    crc = _frame_crc(session_hash, frame, 0, len(frame))
+        fixed = [
+            *(FRAME_TAG, padded),
+            *(0x09, _within("seq", seq, 0, _MASK_64)),
+            *(0x15, _within("epoch", epoch, 0, _MASK_32)),
+            *(0x19, _within("time_ms", time_ms, 0, _MASK_64)),
+            *(0x20, _within("kind", kind, 1, 5)),
+            *(0x28, _within("role", role, 0, 5)),
+            *(0x30, _within("status", status, 0, 3)),
+            *(0x3D, _within("flags", flags, 0, _MASK_32)),
+            *(0x41, _within("prev_live_seq", prev_live_seq, 0, _MASK_64)),
+        ]
+        for slot in range(ENCODING_SLOTS):
+            fixed += [(0x4A, 0x52, 0x5A)[slot], 16]
+            fixed += [0x09, _within("cumulative", cumulative[slot], 0, _MASK_64)]
+            fixed += [0x15, _within("tokens", tokens[slot], 0, _MASK_32)]
+            fixed += [0x18, _within("sources", sources[slot], 0, 2)]
+    except ValueError as error:
+        raise OverflowError(str(error)) from None
+    fixed += [0x82, 0x01, 16, digest_bytes, 0x8A, 0x01, 16, chain_bytes, 0x95, 0x01, 0]
+    frame = HEADER_STRUCT.pack(*fixed) + content
+    crc = _frame_crc(hash_bytes, frame, 0, len(frame))
     return frame[:CRC_OFFSET] + crc.to_bytes(4, "little") + frame[CRC_END:]
 
 
@@ -133,7 +181,7 @@ def _frame_end(buffer: Buffer, offset: int) -> int:
     length = 0
     for index in range(5):
         byte = buffer[offset + 1 + index]
-        if index < 4 and byte < 0x80 or index == 4 and byte >= 0x08:
+        if byte < 0x80 if index < 4 else byte >= 0x08:
             raise corrupt_frame(offset, "its length is malformed")
         length |= (byte & 0x7F) << 7 * index
     if length > FRAME_BYTES_MAX or length < HEADER_BYTES - PREFIX_BYTES or size - offset - PREFIX_BYTES < length:
@@ -143,6 +191,12 @@ def _frame_end(buffer: Buffer, offset: int) -> int:
 
 def read_frame(session_hash: bytes, buffer: Buffer, offset: int = 0) -> Header:
     """The frame at `offset`, checked by every rule of `layout`. Raises Corrupt."""
+    hash_bytes = _owned_hash(session_hash)
+    with _view(buffer) as view:
+        return _read_frame(hash_bytes, view, _within("offset", offset, 0, sys.maxsize))
+
+
+def _read_frame(session_hash: bytes, buffer: Buffer, offset: int) -> Header:
     end = _frame_end(buffer, offset)
     fields = HEADER_STRUCT.unpack_from(buffer, offset)
     fixed_tags = fields[2:18:2]
@@ -187,15 +241,17 @@ def read_frame(session_hash: bytes, buffer: Buffer, offset: int = 0) -> Header:
 def scan_frames(session_hash: bytes, buffer: Buffer) -> list[Header]:
     """Every frame of a row or segment, each checked; the buffer must end with a frame. Raises Corrupt."""
     headers: list[Header] = []
-    offset, size = 0, len(buffer)
+    hash_bytes, content = _owned_hash(session_hash), _owned(buffer)
+    offset, size = 0, len(content)
     while offset < size:
-        header = read_frame(session_hash, buffer, offset)
+        header = _read_frame(hash_bytes, content, offset)
         headers.append(header)
         offset = header.end
     return headers
 
 
 def _varint(buffer: Buffer, offset: int, end: int) -> tuple[int, int]:
+    """A varint and where it ends: at most 10 bytes, not necessarily the fewest, bits above the 64th dropped."""
     value = shift = 0
     while True:
         if offset >= end or shift > 63:
@@ -255,28 +311,93 @@ def _tool_events(buffer: Buffer, start: int, end: int) -> list[tuple[bool, str]]
     return events
 
 
+def _message_events(buffer: Buffer, start: int, end: int) -> list[tuple[bool, str]]:
+    for number, wire, _, item_start, item_end in _fields(buffer, start, end):
+        if number == BODY_MESSAGE and wire == 2:
+            return _tool_events(buffer, item_start, item_end)
+    return []
+
+
 def tool_events(body: Buffer) -> list[tuple[bool, str]]:
     """(is a result, call id) of every tool call and result in a turn's body, in order. Raises Corrupt."""
+    content = _owned(body)
     try:
-        for number, wire, _, start, end in _fields(body, 0, len(body)):
-            if number == BODY_MESSAGE and wire == 2:
-                return _tool_events(body, start, end)
+        return _message_events(content, 0, len(content))
     except ValueError:
         raise corrupt_frame(0, "its body does not parse") from None
-    return []
 
 
 def derived_offset(body: Buffer) -> int:
     """Where the daemon's own field 27 starts in a body; len(body) if there is none. Raises Corrupt."""
+    content = _owned(body)
     try:
         before = 0
-        for number, wire, _, _, end in _fields(body, 0, len(body)):
+        for number, wire, _, _, end in _fields(content, 0, len(content)):
             if number == BODY_DERIVED and wire == 2:
                 return before
             before = end
     except ValueError:
         raise corrupt_frame(0, "its body does not parse") from None
-    return len(body)
+    return len(content)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= _MASK_64
+
+
+def _is_text(value: Any) -> bool:
+    return type(value) is str
+
+
+def _list_of(*items: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """Whether a value is a list with exactly these items."""
+
+    def is_right(value: Any) -> bool:
+        if type(value) is not list or len(value) != len(items):
+            return False
+        return all(is_item(item) for is_item, item in zip(items, value, strict=True))
+
+    return is_right
+
+
+def _counts(number: int) -> Callable[[Any], bool]:
+    return _list_of(*[_is_count] * number)
+
+
+def _every(is_one: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: type(value) is list and all(map(is_one, value))
+
+
+def _or_nil(is_one: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or is_one(value)
+
+
+def _map_of(is_one: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: type(value) is dict and all(_is_text(key) and is_one(item) for key, item in value.items())
+
+
+# What stands in each place of a state, in the order of `layout`; a place beyond these is not ours to judge.
+_SHAPES: Final[tuple[Callable[[Any], bool], ...]] = (
+    *(_is_count, _is_count, _is_count),
+    lambda value: type(value) is bytes and len(value) == _HASH_BYTES,
+    *(_counts(3), _is_count, _is_count, _counts(3), _is_count, _is_count),
+    *(_or_nil(_counts(4)), _or_nil(_counts(6))),
+    _map_of(_list_of(_is_text, *[_is_count] * 5)),
+    _map_of(lambda value: type(value) is bool),
+    *(_is_text, _map_of(_is_text), _every(_list_of(_is_count, _is_text)), _counts(2), _counts(3)),
+    *(_or_nil(_list_of(_is_count, _is_text)), _every(_counts(2)), _is_count),
+)
+
+
+_THREE_COUNTS: Final = _counts(ENCODING_SLOTS)
+
+
+def _malformed_place(places: list[Any]) -> int:
+    """The first place of a state that does not hold what `layout` says; -1 if all do."""
+    for index, is_right in enumerate(_SHAPES):
+        if not is_right(places[index]):
+            return index
+    return -1
 
 
 def _map_entry(buffer: Buffer, start: int, end: int) -> tuple[str, str, bool]:
@@ -314,10 +435,10 @@ def _apply_state(places: list[Any], buffer: Buffer, start: int, end: int, derive
             metadata.pop(_text(buffer, item_start, item_end), None)
         elif number == 5:
             key, text, _ = _map_entry(buffer, item_start, item_end)
-            counts = (derived or {}).get(key)
-            if not isinstance(counts, list) or len(counts) != ENCODING_SLOTS:
+            counts: Any = derived.get(key) if derived else None
+            if not _THREE_COUNTS(counts):
                 raise ValueError
-            pins[key] = [text, epoch, seq, *counts]
+            pins[key] = [text, epoch, seq] + counts
         elif number == 6:
             pins.pop(_text(buffer, item_start, item_end), None)
 
@@ -371,6 +492,8 @@ def _apply_body(places: list[Any], buffer: Buffer, header: Header) -> None:
             raise ValueError
         for index, place in enumerate(RESTORED_PLACES):
             places[place] = derived[index]
+        if _malformed_place(places) >= 0:
+            raise ValueError
         places[17] = [header.epoch, seq]
         ranges = [pair for pair in places[20] if pair[0] <= to_seq]
         if to_seq + 1 < seq:
@@ -384,13 +507,18 @@ def replay(session_hash: bytes, state: Buffer, frames: Buffer) -> bytes:
     The first frame must be the one after the state's replay cursor. Returns the new state's bytes. Raises Corrupt if a
     frame is damaged or the log has a gap, and NEWER_FORMAT for a state of an unknown rule.
     """
-    places = decode_places(bytes(state))
-    cumulative = list(places[4])
-    live = list(places[7])
-    open_calls: list[Any] = list(places[16])
-    offset, size = 0, len(frames)
+    hash_bytes, packed, content = _owned_hash(session_hash), _owned(state), _owned(frames)
+    try:
+        places = decode_places(packed)
+    except RecursionError:  # its message repeats a rule that is nested too deep to be printed
+        raise Corrupt("CORRUPT_HOT_ROW", "A state nests too deep.") from None
+    malformed = _malformed_place(places)
+    if malformed >= 0:
+        raise Corrupt("CORRUPT_HOT_ROW", f"Place {malformed} of a state is malformed.")
+    cumulative, live, open_calls = places[4], places[7], places[16]
+    offset, size = 0, len(content)
     while offset < size:
-        header = read_frame(session_hash, frames, offset)
+        header = _read_frame(hash_bytes, content, offset)
         seq, kind, role, flags = header.seq, header.kind, header.role, header.flags
         if seq != places[1] + 1:
             raise corrupt_frame(offset, f"its seq is {seq} where {places[1] + 1} is due")
@@ -401,12 +529,13 @@ def replay(session_hash: bytes, state: Buffer, frames: Buffer) -> bytes:
             cumulative[slot] += header.tokens[slot] if is_live else 0
             if header.cumulative[slot] != cumulative[slot]:
                 raise corrupt_frame(offset, "its token column does not add up")
+        body = offset + HEADER_BYTES
         try:
             if is_live:
+                if role == ROLE_USER and not flags & FLAG_RESULTS:
+                    open_calls.clear()
                 if flags & (FLAG_CALLS | FLAG_RESULTS):
-                    if role == ROLE_USER and not flags & FLAG_RESULTS:
-                        open_calls = []
-                    for is_result, call_id in _message_events(frames, header):
+                    for is_result, call_id in _message_events(content, body, header.end):
                         if not is_result:
                             open_calls.append([seq, call_id])
                             continue
@@ -414,8 +543,6 @@ def replay(session_hash: bytes, state: Buffer, frames: Buffer) -> bytes:
                             if open_calls[index][1] == call_id:
                                 del open_calls[index]
                                 break
-                elif role == ROLE_USER:
-                    open_calls = []
                 if flags & FLAG_EXCHANGE:
                     places[8] += 1
                     places[9] = seq
@@ -423,27 +550,20 @@ def replay(session_hash: bytes, state: Buffer, frames: Buffer) -> bytes:
                 places[6] += 1
                 for slot in range(ENCODING_SLOTS):
                     live[slot] += header.tokens[slot]
+                if max(places[6], places[8], *live) > _MASK_64:
+                    raise corrupt_frame(offset, "its token column does not add up")
             elif kind == KIND_MESSAGE:
                 places[10] = [seq, *header.tokens]
             else:
-                places[7], places[16] = live, open_calls
-                _apply_body(places, frames, header)
-                live, open_calls = list(places[7]), list(places[16])
-        except (ValueError, TypeError, msgpack.exceptions.UnpackException):
+                _apply_body(places, content, header)
+                live, open_calls = places[7], places[16]
+        except (ValueError, msgpack.exceptions.UnpackException):
             raise corrupt_frame(offset, "its body does not parse") from None
         if flags & FLAG_BOUNDARY:
             places[18] = [header.epoch, seq, header.time_ms]
         places[1], places[2], places[3], places[21] = seq, header.epoch, header.chain, header.time_ms
         offset = header.end
-    places[4], places[7], places[16] = cumulative, live, open_calls
     return encode_places(places)
-
-
-def _message_events(buffer: Buffer, header: Header) -> list[tuple[bool, str]]:
-    for number, wire, _, start, end in _fields(buffer, header.offset + HEADER_BYTES, header.end):
-        if number == BODY_MESSAGE and wire == 2:
-            return _tool_events(buffer, start, end)
-    return []
 
 
 def row_live(row: Buffer, target_seq: int, slot: int) -> tuple[int, int]:
@@ -452,13 +572,19 @@ def row_live(row: Buffer, target_seq: int, slot: int) -> tuple[int, int]:
     A cheap look at fixed offsets, to learn how many rows a window needs; `fit_window` does the checking. Raises Corrupt
     where the row's lengths do not add up or it does not hold target_seq.
     """
+    content = _owned(row)
+    _within("target_seq", target_seq, 0, _MASK_64)
+    _within("slot", slot, 0, ENCODING_SLOTS - 1)
     links: dict[int, tuple[int, int]] = {}
-    offset, size = 0, len(row)
+    offset, size, previous = 0, len(content), 0
     while offset < size:
-        end = _frame_end(row, offset)
-        fields = HEADER_STRUCT.unpack_from(row, offset)
-        links[fields[3]] = (fields[23 + 8 * slot], fields[17])
-        offset = end
+        end = _frame_end(content, offset)
+        fields = HEADER_STRUCT.unpack_from(content, offset)
+        seq = fields[3]
+        if seq <= previous:
+            raise corrupt_frame(offset, "its row is out of order")
+        links[seq] = (fields[23 + 8 * slot], fields[17])
+        offset, previous = end, seq
     tokens = 0
     if target_seq not in links:
         raise corrupt_frame(0, f"its row lacks turn {target_seq}")
@@ -495,14 +621,26 @@ def fit_window(
         list of (first, last) of consecutive seqs; for an empty window first_seq is 0 and the chain is empty;
       (FIT_MORE, seq): rows that hold turn `seq`, and older ones, are needed;
       (FIT_NOTHING, tokens): not even the newest legal cut fits; it would take this many.
-    Raises Corrupt if a frame of the window is damaged or missing within a row. Rule: DESIGN.md, "Strides without state".
+    Raises Corrupt if a frame of the window is damaged or missing within a row, ValueError for a mode, slot or number
+    out of its range. Rule: DESIGN.md, "Strides without state"; MODE_SUMMARY keeps the newest exchange.
     """
+    hash_bytes = _owned_hash(session_hash)
+    slot = _within("slot", slot, 0, ENCODING_SLOTS - 1)
+    last_live_seq = _within("last_live_seq", last_live_seq, 0, _MASK_64)
+    exchange_seq = _within("exchange_seq", exchange_seq, 0, _MASK_64)
+    mode = _within("mode", mode, MODE_FULL, MODE_HYBRID)
+    last_exchanges = _within("last_exchanges", last_exchanges, 1 if mode == MODE_LAST_N else 0, _MASK_64)
+    tail_tokens = _within("tail_tokens", tail_tokens, 0, _MASK_64)
+    tail_tokens_exact = _within("tail_tokens_exact", tail_tokens_exact, tail_tokens, _MASK_64)
+    stride_tokens = _within("stride_tokens", stride_tokens, 1 if mode == MODE_HYBRID else 0, _MASK_64)
+    since_seq = _within("since_seq", since_seq, 0, _MASK_64)
     if last_live_seq == 0:
         return (FIT_OK, 0, 0, 0, b"", [], 0, b"")
-    places: dict[int, tuple[Buffer, int]] = {}
-    previous = 0
-    lowest = 0
-    for row in rows:
+    exchanges_kept = {MODE_LAST_N: last_exchanges, MODE_SUMMARY: 1}.get(mode, 0)
+
+    places: dict[int, tuple[bytes, int]] = {}
+    previous = lowest = 0
+    for row in [_owned(row) for row in rows]:
         offset, size = 0, len(row)
         while offset < size:
             end = _frame_end(row, offset)
@@ -515,7 +653,7 @@ def fit_window(
             offset = end
 
     # Newest to oldest: (seq, suffix tokens, tokens before it, flags, header, row)
-    walked: list[tuple[int, int, int, int, Header, Buffer]] = []
+    walked: list[tuple[int, int, int, int, Header, bytes]] = []
     target, suffix, exchanges = last_live_seq, 0, 0
     while target:
         if target not in places:
@@ -523,7 +661,7 @@ def fit_window(
                 return (FIT_MORE, target)
             raise corrupt_frame(0, f"its row lacks turn {target}")
         row, offset = places[target]
-        header = read_frame(session_hash, row, offset)
+        header = _read_frame(hash_bytes, row, offset)
         if header.kind != KIND_MESSAGE or header.role in (ROLE_SYSTEM, ROLE_DEVELOPER):
             raise corrupt_frame(offset, "a link leads to no message")
         if header.prev_live_seq >= target:
@@ -538,7 +676,7 @@ def fit_window(
                 break
             if header.flags & FLAG_EXCHANGE:
                 exchanges += 1
-                if mode == MODE_LAST_N and exchanges == last_exchanges:
+                if exchanges == exchanges_kept:
                     break
         target = header.prev_live_seq
 
@@ -556,12 +694,6 @@ def fit_window(
                 if seq <= exchange_seq or first_of_all:
                     chosen = seq
                 break
-    elif mode == MODE_LAST_N:
-        starts = [entry for entry in cuts if entry[3] & FLAG_EXCHANGE]
-        if exchanges == last_exchanges and len(starts) >= last_exchanges:
-            cuts = [entry for entry in cuts if entry[0] >= starts[-last_exchanges][0]]
-    elif mode != MODE_FULL:
-        raise ValueError(f"no such mode: {mode}")
     if chosen is None:
         chosen = next((seq for seq, total, _, _, _, _ in cuts if total <= tail_tokens_exact), None)
     if chosen is None:
@@ -576,7 +708,7 @@ def fit_window(
         else:
             ranges.append((seq, seq))
         if seq > since_seq:
-            pieces.append(bytes(row[header.offset : header.end]))
+            pieces.append(row[header.offset : header.end])
     first = kept[0]
     return (
         FIT_OK,
