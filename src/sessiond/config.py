@@ -16,7 +16,7 @@ from sessiond.errors import Invalid
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What a daemon is started with. Every field is a key of sessiond.toml and, as SESSIOND_<KEY>, of the environment."""
+    """What a daemon starts with. Every field is a key of sessiond.toml and, as SESSIOND_<KEY>, of the environment."""
 
     data_dir: str = "sessiond-data"
     cloud: str = ""
@@ -90,12 +90,15 @@ def load(path: str | None, environment: Mapping[str, str], options: Mapping[str,
                 values = tomllib.load(file)
         except OSError as error:
             raise Invalid(
-                "INVALID_CONFIG", f"The configuration file {path} can't be read: {error.strerror}.",
+                "INVALID_CONFIG",
+                f"The configuration file {path} can't be read: {error.strerror}.",
                 fields=[("config", str(error.strerror))],
             ) from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise Invalid(
-                "INVALID_CONFIG", f"The configuration file {path} is not TOML: {error}.", fields=[("config", str(error))]
+                "INVALID_CONFIG",
+                f"The configuration file {path} is not TOML: {error}.",
+                fields=[("config", str(error))],
             ) from error
         for key in values:
             if key not in _KEYS:
@@ -111,7 +114,9 @@ def load(path: str | None, environment: Mapping[str, str], options: Mapping[str,
     try:
         settings = msgspec.convert(values, Settings, strict=True)
     except msgspec.ValidationError as error:
-        raise Invalid("INVALID_CONFIG", f"The configuration is wrong: {error}.", fields=[("config", str(error))]) from error
+        raise Invalid(
+            "INVALID_CONFIG", f"The configuration is wrong: {error}.", fields=[("config", str(error))]
+        ) from error
     return check(settings)
 
 
@@ -130,11 +135,11 @@ def check(settings: Settings) -> Settings:
         raise _wrong("listen", f"{settings.listen!r} is not HOST:PORT")
     if settings.hash_key:
         try:
-            key = bytes.fromhex(settings.hash_key)
+            secret = bytes.fromhex(settings.hash_key)
         except ValueError:
             raise _wrong("hash_key", "it is not hexadecimal") from None
-        if not 16 <= len(key) <= 64:
-            raise _wrong("hash_key", f"it has {len(key)} bytes; 16 to 64 are needed")
+        if not 16 <= len(secret) <= 64:
+            raise _wrong("hash_key", f"it has {len(secret)} bytes; 16 to 64 are needed")
     if settings.log_level not in ("debug", "info", "warning", "error"):
         raise _wrong("log_level", f"{settings.log_level!r} is none of debug, info, warning, error")
     if not settings.node or len(settings.node) > 128 or not all(c.isalnum() or c in "._-" for c in settings.node):

@@ -18,9 +18,9 @@ from sessiond.service.node import CallCounts, Node
 from sessiond.service.sessions import Parts, Sessions
 from sessiond.tiers.cloud.bucket import open_bucket
 from sessiond.tiers.cloud.counting import CountingStore
+from sessiond.tiers.cloud.fit import ensure_fit
 from sessiond.tiers.cloud.lease import Lease
 from sessiond.tiers.cloud.open import open_store
-from sessiond.tiers.cloud.fit import ensure_fit
 from sessiond.tiers.flush import Flusher
 from sessiond.tiers.hot.environment import Environment
 from sessiond.tiers.hydrate import Claims, Segments
@@ -97,9 +97,7 @@ class Daemon:
         await asyncio.to_thread(lease.acquire)
         lease.start()
         opened.callback(lease.stop, False)
-        flusher = Flusher(
-            hot, store, identity, settings.flush_interval_ms, settings.flush_threads, now_ms
-        )
+        flusher = Flusher(hot, store, identity, settings.flush_interval_ms, settings.flush_threads, now_ms)
         flusher.start()
         opened.callback(flusher.stop)
         claims = Claims(hot, store, bucket, identity, time.sleep)

@@ -91,9 +91,7 @@ REASONS: dict[str, Reason] = {
         "INVALID_ARGUMENT",
         "Use 1 to 128 bytes of A-Z a-z 0-9 . _ : @ -, starting with a letter or digit.",
     ),
-    "INVALID_USER_ID": Reason(
-        Invalid, "INVALID_ARGUMENT", "Use at most 256 bytes of printable text for the user id."
-    ),
+    "INVALID_USER_ID": Reason(Invalid, "INVALID_ARGUMENT", "Use at most 256 bytes of printable text for the user id."),
     "INVALID_TURN_ID": Reason(
         Invalid, "INVALID_ARGUMENT", "Mint one turn_id of 1 to 128 bytes per turn and send it again on every retry."
     ),
@@ -154,9 +152,7 @@ REASONS: dict[str, Reason] = {
         Unavailable, "UNAVAILABLE", "Send the call to the owning node, or wait until it releases the session.", 1000
     ),
     "EPOCH_LOST": Reason(Conflict, "ABORTED", "Another node wrote this session first; send the call again."),
-    "EPOCH_FENCED": Reason(
-        Unavailable, "UNAVAILABLE", "Another node took the session over; send the call again.", 200
-    ),
+    "EPOCH_FENCED": Reason(Unavailable, "UNAVAILABLE", "Another node took the session over; send the call again.", 200),
     "PINS_FULL": Reason(
         Exhausted, "RESOURCE_EXHAUSTED", "Unpin a fact first, or raise the policy's pins_budget_tokens."
     ),
@@ -190,7 +186,9 @@ REASONS: dict[str, Reason] = {
     "HOT_TIER_FULL": Reason(
         Exhausted, "RESOURCE_EXHAUSTED", "Raise map_size_bytes or drain the node; resumes go on meanwhile.", 5000
     ),
-    "DISK_FULL": Reason(Exhausted, "RESOURCE_EXHAUSTED", "Free space on the node's disk; resumes go on meanwhile.", 5000),
+    "DISK_FULL": Reason(
+        Exhausted, "RESOURCE_EXHAUSTED", "Free space on the node's disk; resumes go on meanwhile.", 5000
+    ),
     "HOT_TIER_FAILED": Reason(
         Unavailable,
         "UNAVAILABLE",
@@ -237,12 +235,17 @@ REASONS: dict[str, Reason] = {
         Invalid, "FAILED_PRECONDITION", "Use a store that keeps conditional writes: exactly one winner per If-Match."
     ),
     "STORE_DENIED": Reason(
-        Denied, "PERMISSION_DENIED", "Check the credentials and the bucket's policy: get, put, delete and list are needed."
+        Denied,
+        "PERMISSION_DENIED",
+        "Check the credentials and the bucket's policy: get, put, delete and list are needed.",
     ),
     "BUCKET_NOT_FOUND": Reason(NotFound, "NOT_FOUND", "Make the bucket, or correct --cloud and --s3-endpoint."),
     "INVALID_INPUT_FILE": Reason(Invalid, "INVALID_ARGUMENT", "Correct the named line of the file."),
     "SERVER_UNREACHABLE": Reason(
-        Unavailable, "UNAVAILABLE", "Start the daemon with sessiond serve, or name it with --server or SESSIOND_SERVER.", 1000
+        Unavailable,
+        "UNAVAILABLE",
+        "Start the daemon with sessiond serve, or name it with --server or SESSIOND_SERVER.",
+        1000,
     ),
     "VIOLATIONS_FOUND": Reason(Corrupt, "DATA_LOSS", "Read the explanation of each violation."),
 }

@@ -69,7 +69,9 @@ def decode_places(raw: bytes | memoryview) -> list[Any]:
     if not isinstance(places, list) or len(places) < PLACES:
         raise Corrupt("CORRUPT_HOT_ROW", "A state has too few places.")
     if places[0] != RULE_VERSION:
-        raise Corrupt("NEWER_FORMAT", f"A state was made by replay rule {places[0]}; this release knows {RULE_VERSION}.")
+        raise Corrupt(
+            "NEWER_FORMAT", f"A state was made by replay rule {places[0]}; this release knows {RULE_VERSION}."
+        )
     return places
 
 

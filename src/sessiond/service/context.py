@@ -138,9 +138,7 @@ def state_etag(state: State) -> str:
 
 def state_proto(state: State) -> context_pb2.SessionState:
     """Flags, mode and metadata as the wire has them."""
-    return context_pb2.SessionState(
-        flags=state.flags, mode=state.mode, metadata=state.metadata, etag=state_etag(state)
-    )
+    return context_pb2.SessionState(flags=state.flags, mode=state.mode, metadata=state.metadata, etag=state_etag(state))
 
 
 def pin_protos(state: State) -> list[turn_pb2.PinnedFact]:

@@ -1,4 +1,4 @@
-"""What AdminService's calls mean on one node: status, flush, drain. It promises that a clean drain leaves nothing behind.
+"""What AdminService's calls mean on one node: status, flush, drain. A clean drain leaves nothing behind.
 
 It never stops the process; `daemon` does, when a drain asked for it.
 """
@@ -17,6 +17,7 @@ from sessiond.errors import SessiondError
 from sessiond.service.prepare import check_session_id
 from sessiond.service.sessions import Call, Parts, Sessions
 from sessiond.tiers.cloud.counting import CountingStore
+from sessiond.tiers.flush import Flushed
 from sessiond.tiers.hot.rows import PHASE_OWNED, PHASE_RELEASING, decode_head
 from sessiond.v1 import admin_pb2
 
@@ -145,7 +146,7 @@ class Node:
         return owned
 
     async def drain(self, grace_ms: int) -> AsyncIterator[admin_pb2.DrainResponse]:
-        """Refuse new work, then flush and release every session; progress until done, the last one says how it ended."""
+        """Refuse new work, then flush and release every session; the last progress says how it ended."""
         parts = self._parts
         self._sessions.draining = True
         if self.phase != admin_pb2.NODE_PHASE_DRAINED:
@@ -157,7 +158,7 @@ class Node:
             failures: Counter[str] = Counter()
             progress.remaining_sessions = len(owned)
             reported_ms = 0
-            in_flight: set[asyncio.Future[object]] = set()
+            in_flight: set[asyncio.Future[Flushed]] = set()
             queue = iter(owned)
             pending = True
             while pending or in_flight:
@@ -166,13 +167,11 @@ class Node:
                     if h is None:
                         pending = False
                         break
-                    in_flight.add(asyncio.ensure_future(asyncio.wrap_future(parts.flusher.request(h, release=True))))
+                    in_flight.add(asyncio.wrap_future(parts.flusher.request(h, release=True)))
                 if not in_flight:
                     break
                 timeout = max(0.0, (deadline_ms - parts.clock_ms()) / 1000)
-                done, in_flight = await asyncio.wait(
-                    in_flight, timeout=timeout, return_when=asyncio.FIRST_COMPLETED
-                )
+                done, in_flight = await asyncio.wait(in_flight, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
                 if not done:
                     for future in in_flight:
                         future.cancel()

@@ -50,7 +50,7 @@ _KINDS: Final = {
     "rewind": KIND_REWIND,
 }
 _ENCODINGS: Final = (turn_pb2.ENCODING_O200K_BASE, turn_pb2.ENCODING_CL100K_BASE)
-SLOTS: Final = {turn_pb2.ENCODING_O200K_BASE: 0, turn_pb2.ENCODING_CL100K_BASE: 1}
+SLOTS: Final[dict[int, int]] = {turn_pb2.ENCODING_O200K_BASE: 0, turn_pb2.ENCODING_CL100K_BASE: 1}
 _ROLES_WITH_STATUS: Final = (turn_pb2.ROLE_ASSISTANT,)
 SERVED_STRATEGIES: Final = (turn_pb2.STRATEGY_FULL, turn_pb2.STRATEGY_LAST_N, turn_pb2.STRATEGY_HYBRID)
 
@@ -110,7 +110,9 @@ def check_policy(policy: turn_pb2.SessionPolicy, field: str = "policy") -> dict[
         raise invalid("INVALID_POLICY", f"{field}.budget_tokens", f"it is above {BUDGET_TOKENS_MAX}")
     if policy.HasField("expiry") and policy.expiry.ttl_ms:
         raise Unimplemented(
-            "NOT_SERVED_YET", "Expiry is part of the contract but not served by this release.", fields=[(f"{field}.expiry", "")]
+            "NOT_SERVED_YET",
+            "Expiry is part of the contract but not served by this release.",
+            fields=[(f"{field}.expiry", "")],
         )
     names = ("min_durability", "strategy", "encoding", "budget_tokens", "pins_budget_tokens")
     return {name: getattr(policy, name) for name in names if getattr(policy, name)}
@@ -154,14 +156,21 @@ class Spec:
     )
 
     def __init__(
-        self, proto: context_pb2.ContextSpec, policy: dict[str, Any], tokenizer: Tokenizer, default_budget: int, field: str
+        self,
+        proto: context_pb2.ContextSpec,
+        policy: dict[str, Any],
+        tokenizer: Tokenizer,
+        default_budget: int,
+        field: str,
     ) -> None:
         """Raises Invalid INVALID_BUDGET or INVALID_CONTEXT, TOKENIZER_FAILED, Unimplemented."""
         self.proto = proto
         self.budget = proto.budget_tokens or int(policy.get("budget_tokens", 0)) or default_budget
         self.reserve = proto.reserve_tokens
         if not 0 < self.budget <= BUDGET_TOKENS_MAX:
-            raise invalid("INVALID_BUDGET", f"{field}.budget_tokens", f"{self.budget} is outside 1..{BUDGET_TOKENS_MAX}")
+            raise invalid(
+                "INVALID_BUDGET", f"{field}.budget_tokens", f"{self.budget} is outside 1..{BUDGET_TOKENS_MAX}"
+            )
         if self.reserve >= self.budget:
             what = f"{self.reserve} leaves nothing of the budget of {self.budget}"
             raise invalid("INVALID_BUDGET", f"{field}.reserve_tokens", what)
@@ -215,7 +224,9 @@ def _check_message(message: turn_pb2.Message, role: int, field: str, reason: str
                 raise invalid(reason, f"{where}.tool_result", "only a tool or user turn answers calls")
             for inner, piece in enumerate(part.tool_result.parts):
                 if piece.WhichOneof("kind") in (None, "tool_call", "tool_result"):
-                    raise invalid(reason, f"{where}.tool_result.parts[{inner}]", "a result holds text, attachments, items")
+                    raise invalid(
+                        reason, f"{where}.tool_result.parts[{inner}]", "a result holds text, attachments, items"
+                    )
             has_content = True
         elif role == turn_pb2.ROLE_TOOL:
             raise invalid(reason, where, "a tool turn holds tool results only")
@@ -243,7 +254,11 @@ def _check_meta(meta: turn_pb2.TurnMeta, field: str) -> None:
 
 def _check_change(change: turn_pb2.StateChange, field: str) -> None:
     names = ("flags", "metadata", "metadata_removed", "pins", "pins_removed")
-    if not any(getattr(change, name) for name in names) and not change.HasField("mode") and not change.HasField("policy"):
+    if (
+        not any(getattr(change, name) for name in names)
+        and not change.HasField("mode")
+        and not change.HasField("policy")
+    ):
         raise invalid("EMPTY_TURN", field, "it changes nothing")
     check_metadata(dict(change.metadata), f"{field}.metadata")
     if len(change.flags) > FLAGS_MAX or "" in change.flags:
@@ -276,7 +291,7 @@ def _counts(turn: turn_pb2.TurnInput, field: str) -> dict[int, int]:
             raise invalid("INVALID_TURN", where, f"{count.encoding} is no encoding")
         if count.encoding in supplied:
             raise invalid("INVALID_TURN", where, "it is named twice")
-        supplied[count.encoding] = count.tokens
+        supplied[int(count.encoding)] = count.tokens
     return supplied
 
 
@@ -313,7 +328,9 @@ def prepare_turn(
         if not 1 <= covered.first_seq <= covered.last_seq:
             raise invalid("INVALID_TURN", f"{where}.covered", "first_seq and last_seq must name turns")
         if len(turn.summary.covered_chain) != 16:
-            raise invalid("INVALID_TURN", f"{where}.covered_chain", "16 bytes are needed, from the covered turn's chain")
+            raise invalid(
+                "INVALID_TURN", f"{where}.covered_chain", "16 bytes are needed, from the covered turn's chain"
+            )
         prepared.summary = (covered.first_seq, covered.last_seq, turn.summary.covered_chain)
     elif kind == KIND_STATE:
         _check_change(turn.state, where)

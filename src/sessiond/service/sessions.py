@@ -8,18 +8,25 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
-from concurrent.futures import Future as ThreadFuture
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
-from sessiond import core
 from sessiond.core import rules
 from sessiond.core import state as states
 from sessiond.core.manifest import LIFECYCLE_ARCHIVED, LIFECYCLE_DELETED, Manifest
 from sessiond.core.state import State
-from sessiond.errors import Conflict, Corrupt, Invalid, NotFound, SessiondError, Unavailable
+from sessiond.errors import (
+    REASONS,
+    Conflict,
+    Corrupt,
+    Exhausted,
+    NotFound,
+    SessiondError,
+    Unavailable,
+    Unimplemented,
+)
 from sessiond.service import context as contexts
 from sessiond.service.context import ColdSource, HotSource, Standing
 from sessiond.service.pages import open_page, seal_page
@@ -47,7 +54,6 @@ from sessiond.tiers.hot.rows import (
     PHASE_RELEASING,
     Head,
     decode_committed,
-    encode_head,
 )
 from sessiond.tiers.hydrate import Claims, Cold, Node, Segments, first_manifest, load, unavailable_owner
 from sessiond.tokens import Tokenizer
@@ -110,7 +116,7 @@ class Sessions:
         self._loads: dict[bytes, asyncio.Task[Cold | None]] = {}
         self._claiming: dict[bytes, asyncio.Task[bool]] = {}
         self.draining = False
-        self.rungs = {name: 0 for name in ("HOT", "CLOUD", "PARTIAL", "RESET")}
+        self.rungs = dict.fromkeys(("HOT", "CLOUD", "PARTIAL", "RESET"), 0)
 
     def _hash(self, call: Call, session_id: str) -> bytes:
         return rules.session_hash(self._parts.bucket.hash_key, call.tenant, check_session_id(session_id))
@@ -135,7 +141,7 @@ class Sessions:
         return await asyncio.shield(task)
 
     async def _cold(self, h: bytes, session_id: str, user_id: str) -> Cold:
-        """The cloud tier's copy of a session that this node does not hold hot. Raises NotFound, Unavailable, Corrupt."""
+        """The cloud tier's copy of a session that is not hot here. Raises NotFound, Unavailable, Corrupt."""
         head = self._peek(h)
         if head is not None and head.phase == PHASE_RELEASING and not self.draining:
             # A release that was cut short: finish it, then take the session like any other.
@@ -325,7 +331,7 @@ class Sessions:
         birth = manifest.birth
         lifecycle = head.lifecycle if head else manifest.lifecycle
         owner = manifest.owner
-        session = session_pb2.Session(
+        return session_pb2.Session(
             session_id=session_id,
             user_id=user_id,
             created_at_unix_ms=int(birth.get("created_ms", 0)),
@@ -333,7 +339,9 @@ class Sessions:
             policy=policy_proto(head.policy if head else manifest.policy),
             state=contexts.state_proto(state),
             pins=contexts.pin_protos(state),
-            lifecycle=session_pb2.LIFECYCLE_ARCHIVED if lifecycle == LIFECYCLE_ARCHIVED else session_pb2.LIFECYCLE_ACTIVE,
+            lifecycle=session_pb2.LIFECYCLE_ARCHIVED
+            if lifecycle == LIFECYCLE_ARCHIVED
+            else session_pb2.LIFECYCLE_ACTIVE,
             head=turn_pb2.TurnPosition(epoch=state.epoch, seq=head.head_seq if head else manifest.head),
             cloud_seq=head.cloud_seq if head else manifest.head,
             epoch=head.epoch if head else manifest.epoch,
@@ -348,9 +356,10 @@ class Sessions:
             owner_node=self._parts.node.name if head else (str(owner[1]) if owner else ""),
             ownership=self._ownership() if head else context_pb2.OWNERSHIP_CONFIRMED,  # type: ignore[arg-type]
         )
-        return session
 
-    async def list(self, call: Call, request: session_pb2.ListSessionsRequest) -> session_pb2.ListSessionsResponse:
+    async def list_sessions(
+        self, call: Call, request: session_pb2.ListSessionsRequest
+    ) -> session_pb2.ListSessionsResponse:
         """Sessions of a user or of the tenant, from the index in the cloud tier, oldest first within a user."""
         user = request.user_id if request.HasField("user_id") else None
         if user is not None:
@@ -379,9 +388,7 @@ class Sessions:
             elif item is not None:
                 response.unreadable.append(item)
         if len(keys) == size:
-            response.next_page_token = seal_page(
-                self._parts.bucket.hash_key, query, [keys[-1].removeprefix(prefix)]
-            )
+            response.next_page_token = seal_page(self._parts.bucket.hash_key, query, [keys[-1].removeprefix(prefix)])
         return response
 
     async def _listed(self, h: bytes, user: str | None) -> session_pb2.Session | session_pb2.UnreadableSession | None:
@@ -411,7 +418,7 @@ class Sessions:
         h = self._hash(call, request.session_id)
         check_user_id(request.user_id)
         if request.reset_to_session_id:
-            check_session_id(request.reset_to_session_id, "reset_to_session_id")
+            raise not_served("reset_to_session_id")
         if request.HasField("accept_missing"):
             await self._accept_missing(h, request)
         spec: Spec | None = None
@@ -551,12 +558,7 @@ class Sessions:
 
     async def _resume_cold(self, h: bytes, request: session_pb2.ResumeSessionRequest) -> bytes:
         """Serve a session from the cloud tier, and claim it behind the reply where no live node owns it."""
-        try:
-            cold = await self._cold(h, request.session_id, request.user_id)
-        except Corrupt:
-            if request.reset_to_session_id:
-                return await self._reset(h, request)
-            raise
+        cold = await self._cold(h, request.session_id, request.user_id)
         manifest = cold.manifest
         spec = await self._spec(request.context, manifest.policy)
         state = states.decode(manifest.state)
@@ -586,12 +588,7 @@ class Sessions:
                 reply = contexts.build(source, h, state, spec, standing)
                 break
             except log.HistoryNeeded as error:
-                try:
-                    first_seq, last_seq, frames = await self._off_loop(self._segment_of, manifest, error.first_seq)
-                except Corrupt:
-                    if request.reset_to_session_id:
-                        return await self._reset(h, request)
-                    raise
+                first_seq, last_seq, frames = await self._off_loop(self._segment_of, manifest, error.first_seq)
                 source.add(first_seq, last_seq, frames)
         else:
             raise Unavailable("STORE_UNAVAILABLE", "The window needs too many segments.")
@@ -610,11 +607,6 @@ class Sessions:
             )
         return int(row[1]), int(row[2]), self._parts.segments.frames(manifest, row)
 
-    async def _reset(self, h: bytes, request: session_pb2.ResumeSessionRequest) -> bytes:
-        del h
-        raise_not_served("reset_to_session_id")
-        raise AssertionError(request)
-
     # Append ------------------------------------------------------------------------------------------------------
 
     async def append(self, call: Call, request: session_pb2.AppendTurnRequest) -> tuple[bytes | None, Any]:
@@ -624,7 +616,7 @@ class Sessions:
         check_durability(request.durability)
         self._check_not_fenced()
         if request.writer_token:
-            raise_not_served("writer_token")
+            raise not_served("writer_token")
         turns = await self._counted(
             request.ByteSize(),
             prepare_turns,
@@ -886,9 +878,7 @@ class Sessions:
         last = min(last_seq or manifest.head, manifest.head, first_seq + turns_max - 1)
         if first_seq > last:
             return b"", first_seq - 1, standing, state.epoch
-        frames, reached = await self._off_loop(
-            self._parts.segments.between, manifest, first_seq, last, PAGE_BYTES_MAX
-        )
+        frames, reached = await self._off_loop(self._parts.segments.between, manifest, first_seq, last, PAGE_BYTES_MAX)
         return frames, reached, standing, state.epoch
 
     async def list_checkpoints(
@@ -947,8 +937,6 @@ def draining() -> Unavailable:
 
 def hot_tier_full(hot: Environment) -> SessiondError:
     """The refusal of a full map."""
-    from sessiond.errors import Exhausted
-
     used, size = hot.used_bytes()
     return Exhausted(
         "HOT_TIER_FULL",
@@ -964,11 +952,9 @@ def unreachable(manifest: Manifest) -> context_pb2.MissingRange:
     )
 
 
-def raise_not_served(field: str) -> None:
-    """Raises Unimplemented for a field of the contract that this release does not serve."""
-    from sessiond.errors import Unimplemented
-
-    raise Unimplemented(
+def not_served(field: str) -> Unimplemented:
+    """The refusal of a field of the contract that this release does not serve."""
+    return Unimplemented(
         "NOT_SERVED_YET",
         f"{field} is part of the contract but not served by this release.",
         fields=[(field, "not served yet")],
@@ -1020,8 +1006,6 @@ _CODES: Final = {
 
 def item_error(error: SessiondError) -> session_pb2.ItemError:
     """A refusal as one item of a reply."""
-    from sessiond.errors import REASONS
-
     return session_pb2.ItemError(
         code=_CODES[REASONS[error.reason].status],
         reason=error.reason,

@@ -1,7 +1,7 @@
 """Hot to cloud: writes what the cloud tier lacks, one conditional write per session and round.
 
-It promises that cloud_seq moves only after a definite commit, that a manifest at our epoch which is ahead of our rows is
-reported and never overwritten, and that one session has one flusher at a time. It never changes a turn.
+It promises that cloud_seq moves only after a definite commit, that a manifest at our epoch which is ahead of our
+rows is reported and never overwritten, and that one session has one flusher at a time. It never changes a turn.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from sessiond import core
 from sessiond.core import envelope
 from sessiond.core import state as states
+from sessiond.core.layout import SEGMENT_BYTES_MAX
 from sessiond.core.manifest import (
     CHECKPOINTS_MAX,
     INLINE_NEWEST_BYTES,
@@ -28,7 +30,6 @@ from sessiond.core.manifest import (
     TURN_IDS_MAX,
     Manifest,
 )
-from sessiond.core.layout import SEGMENT_BYTES_MAX
 from sessiond.errors import Conflict, Corrupt, SessiondError, Unavailable
 from sessiond.tiers.cloud.bucket import refusal, segment_index_key, segment_key
 from sessiond.tiers.cloud.store import Ambiguous, ObjectStore, StoreError
@@ -242,9 +243,7 @@ class Flusher:
             first_unsealed = (segments[-1][2] if segments else base.sealed_seq) + 1
             tail, tail_last = b"", first_unsealed - 1
             if first_unsealed <= head.head_seq:
-                tail, tail_last = log.frames_between(
-                    transaction, h, first_unsealed, head.head_seq, SEGMENT_BYTES_MAX
-                )
+                tail, tail_last = log.frames_between(transaction, h, first_unsealed, head.head_seq, SEGMENT_BYTES_MAX)
                 if tail_last == head.head_seq and len(tail) < INLINE_TAIL_BYTES_MAX:
                     tail = b""
             if tail:
@@ -302,7 +301,7 @@ class Flusher:
         first, last = headers[0], headers[-1]
         marks = [
             [header.seq, header.offset, *header.cumulative]
-            for before, header in zip(headers, headers[1:], strict=False)
+            for before, header in pairwise(headers)
             if before.offset // envelope.CHUNK_BYTES != header.offset // envelope.CHUNK_BYTES
         ]
         meta = {

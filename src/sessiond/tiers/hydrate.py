@@ -93,7 +93,9 @@ class Segments:
                 return held
         meta, payload = envelope.unseal(self._object(name, sha256.hex()), envelope.KIND_SEGMENT, name)
         if meta.get("h") != origin or meta.get("first") != first or meta.get("last") != last:
-            raise Corrupt("CORRUPT_SEGMENT", f"The segment {name} holds other turns than its name says.", {"object": name})
+            raise Corrupt(
+                "CORRUPT_SEGMENT", f"The segment {name} holds other turns than its name says.", {"object": name}
+            )
         headers = core.scan_frames(origin, payload)
         if [header.seq for header in headers] != list(range(first, last + 1)):
             raise Corrupt("CORRUPT_SEGMENT", f"The segment {name} has a gap.", {"object": name})
@@ -164,12 +166,14 @@ def kept_frame(manifest: Manifest, seq: int) -> tuple[Header, bytes] | None:
     return None
 
 
-def put_settled(store: ObjectStore, h: bytes, manifest: Manifest, etag: str | None, wait: Callable[[float], object]) -> str:
+def put_settled(
+    store: ObjectStore, h: bytes, manifest: Manifest, etag: str | None, wait: Callable[[float], object]
+) -> str:
     """Commit a manifest by one conditional write and return its etag; DESIGN.md, "Commit".
 
     etag: None to create. The same bytes are sent again after an ambiguous attempt; it landed if the manifest is at our
-    epoch and incarnation with at least our mutation, or the epoch table says so. Raises Conflict EPOCH_LOST when another
-    write was first, Unavailable COMMIT_UNKNOWN when nobody can tell, and as the store does.
+    epoch and incarnation with at least our mutation, or the epoch table says so. Raises Conflict EPOCH_LOST when
+    another write was first, Unavailable COMMIT_UNKNOWN when nobody can tell, and as the store does.
     """
     name, body = manifest_key(h), manifests.seal(manifest)
     ambiguous: StoreError | None = None
@@ -207,7 +211,14 @@ def landed(found: Manifest, sent: Manifest) -> bool:
 
 
 def first_manifest(
-    node: Node, tenant: str, session: str, user: str, h: bytes, birth: dict[str, Any], policy: dict[str, Any], now_ms: int
+    node: Node,
+    tenant: str,
+    session: str,
+    user: str,
+    h: bytes,
+    birth: dict[str, Any],
+    policy: dict[str, Any],
+    now_ms: int,
 ) -> Manifest:
     """The manifest of a session that has no turns yet, owned by this node under epoch 1."""
     return Manifest(

@@ -14,6 +14,7 @@ import grpc
 import structlog
 from google.protobuf.message import Message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 from sessiond.errors import Corrupt, SessiondError, Unavailable, Unimplemented
@@ -53,8 +54,8 @@ class Server:
         self._clock_ms = clock_ms
         self._calls = calls
         self._request_bytes_max = request_bytes_max
-        self._health = health.aio.HealthServicer()
-        self._unary: dict[str, Unary] = {}
+        self._health = HealthServicer()
+        self._unary: dict[str, tuple[type[Message], Unary]] = {}
         self._node: Node | None = None
         self.shut_down = asyncio.Event()
         self._server = grpc.aio.server(
@@ -73,16 +74,13 @@ class Server:
         )
         for service in SERVICES:
             handlers = {
-                method.name: self._handler(service.name, method.name, method.server_streaming) for method in service.methods
+                method.name: self._handler(service.name, method.name, method.server_streaming)
+                for method in service.methods
             }
-            self._server.add_generic_rpc_handlers(
-                (grpc.method_handlers_generic_handler(service.full_name, handlers),)
-            )
+            self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service.full_name, handlers),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = [service.full_name for service in SERVICES]
-        reflection.enable_server_reflection(
-            [*names, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server
-        )
+        reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server)
 
     def bind(self, listen: str) -> int:
         """Take the address; the port that was taken. Raises Unavailable PORT_IN_USE."""
@@ -105,15 +103,15 @@ class Server:
         self._unary = {
             "CreateSession": _message(session_pb2.CreateSessionRequest, sessions.create),
             "GetSession": _message(session_pb2.GetSessionRequest, sessions.get),
-            "ListSessions": _message(session_pb2.ListSessionsRequest, sessions.list),
+            "ListSessions": _message(session_pb2.ListSessionsRequest, sessions.list_sessions),
             "UpdateSession": _message(session_pb2.UpdateSessionRequest, sessions.update),
             "ListCheckpoints": _message(session_pb2.ListCheckpointsRequest, sessions.list_checkpoints),
             "ResumeSession": (session_pb2.ResumeSessionRequest, _resume(sessions)),
             "AppendTurn": (session_pb2.AppendTurnRequest, _append(sessions)),
             "ListTurns": (session_pb2.ListTurnsRequest, _list_turns(sessions)),
-            "GetStatus": (admin_pb2.GetStatusRequest, lambda call, request: node.status()),
+            "GetStatus": (admin_pb2.GetStatusRequest, lambda _caller, _request: node.status()),
             "Flush": _message(admin_pb2.FlushRequest, node.flush),
-        }  # type: ignore[assignment]
+        }
         node.on_phase = self._schedule_health
 
     def _handler(self, service: str, name: str, streams: bool) -> Any:
@@ -127,7 +125,7 @@ class Server:
                 served = self._unary.get(name)
                 if served is None:
                     raise self._not_served(name)
-                kind, work = served  # type: ignore[misc]
+                kind, work = served
                 request = parse(kind, raw, self._request_bytes_max)
                 answer = reply(await work(self._caller(context), request))
             except SessiondError as error:
@@ -210,7 +208,7 @@ class Server:
         await self._server.stop(grace_s)
 
 
-def _message(kind: type[Message], work: Unary) -> Any:
+def _message(kind: type[Message], work: Any) -> tuple[type[Message], Unary]:
     return kind, work
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
-from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import DecodeError, Message
 
 from sessiond.errors import Invalid
@@ -40,7 +40,7 @@ def parse(kind: type[Request], raw: bytes, bytes_max: int) -> Request:
         ) from error
 
 
-def _bad_text(descriptor: Descriptor, raw: bytes, depth: int) -> str | None:
+def _bad_text(descriptor: Any, raw: bytes, depth: int) -> str | None:
     """Path of the first text field that is not UTF-8; None if there is none or the bytes are no message."""
     by_number = {field.number: field for field in descriptor.fields}
     seen: dict[int, int] = {}

@@ -1,4 +1,4 @@
-"""Refuse a store that does not keep conditional writes, before the first session depends on them. Probes a bucket once."""
+"""Refuse a store that does not keep conditional writes, before a session depends on them. Probes a bucket once."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def is_alive(holder: dict[str, Any]) -> bool | None:
 
 
 class Lease:
-    """This node's lease. `acquire` once, then `start`; `is_valid` from any thread."""
+    """The lease of one node. `acquire` once, then `start`; `is_valid` from any thread."""
 
     def __init__(
         self,

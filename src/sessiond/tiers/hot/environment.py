@@ -240,7 +240,7 @@ class Environment:
             _settle(group)
 
     def _commit(self, group: list[_Work]) -> None:
-        """One transaction for the group; if something unforeseen breaks it, each alone, so that one can't spoil others."""
+        """One transaction for the group; if something unforeseen breaks it, each alone, so that none spoils another."""
         if self.failed is not None:
             for work in group:
                 work.error = self.failed
@@ -348,11 +348,15 @@ def _open_error(path: Path, error: Exception) -> SessiondError:
         return Exhausted("DISK_FULL", f"The disk of {path} is full.", where)
     denied = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
     if code in denied or isinstance(error, lmdb.ReadonlyError):
-        return Denied("UNWRITABLE_FOLDER", f"The folder {path} can't be written: {error}.", where, [("data_dir", str(error))])
+        return Denied(
+            "UNWRITABLE_FOLDER", f"The folder {path} can't be written: {error}.", where, [("data_dir", str(error))]
+        )
     if isinstance(error, lmdb.VersionMismatchError):
         return Corrupt("NEWER_FORMAT", f"The hot tier in {path} is of another LMDB version: {error}.", where)
     if isinstance(error, OSError):
-        return Denied("UNWRITABLE_FOLDER", f"The folder {path} can't be used: {error}.", where, [("data_dir", str(error))])
+        return Denied(
+            "UNWRITABLE_FOLDER", f"The folder {path} can't be used: {error}.", where, [("data_dir", str(error))]
+        )
     return Corrupt("CORRUPT_HOT_ROW", f"The hot tier in {path} can't be opened: {error}.", where)
 
 

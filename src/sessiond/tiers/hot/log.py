@@ -62,7 +62,7 @@ class PreparedTurn:
     """A turn that is ready to be appended: everything that needs no lock is done.
 
     body: fields 20 to 26 as received. events: its tool calls and results. tokens, sources: one per encoding slot.
-    pins: {key: tokens per slot} of a state change. summary: (first, last, chain) that it covers. policy: set if changed.
+    pins: {key: tokens per slot} of a state change. summary: (first, last, chain) that it covers. policy: if changed.
     """
 
     turn_id: str
@@ -144,7 +144,9 @@ def frame_at(transaction: Transaction, h: bytes, seq: int) -> tuple[Header, Any]
     raise HistoryNeeded(seq, seq)
 
 
-def frames_between(transaction: Transaction, h: bytes, first_seq: int, last_seq: int, bytes_max: int) -> tuple[bytes, int]:
+def frames_between(
+    transaction: Transaction, h: bytes, first_seq: int, last_seq: int, bytes_max: int
+) -> tuple[bytes, int]:
     """(frames, last seq in them) of consecutive turns from first_seq on, about bytes_max at most but at least one.
 
     Raises HistoryNeeded if first_seq is not hot, Corrupt if a frame is damaged or the rows have a gap.
@@ -260,7 +262,7 @@ def append(
 ) -> Appended:
     """Append turns of one session, all or none, inside a write transaction.
 
-    expected: (epoch or 0, seq) of the head that the caller believes in. state_etag: (epoch, seq) of the last state turn.
+    expected: (epoch or 0, seq) of the head that the caller believes in. state_etag: place of the last state turn.
     Raises NotFound, Unavailable NOT_OWNER, Conflict (TURN_ID_REUSED, EXPECTED_MISMATCH, STATE_ETAG_MISMATCH), Invalid,
     Exhausted PINS_FULL, HistoryNeeded, Corrupt; nothing is written then.
     """
@@ -553,7 +555,12 @@ def backfill_rows(transaction: Transaction, h: bytes, frames: bytes, first_seq: 
     """Add older turns, fetched from the cloud tier, in front of the hot ones; False if they no longer join them."""
     head = read_head(transaction, h)
     headers = core.scan_frames(h, frames)
-    if head is None or not headers or headers[0].seq != first_seq or not first_seq < head.hot_first <= headers[-1].seq + 1:
+    if (
+        head is None
+        or not headers
+        or headers[0].seq != first_seq
+        or not first_seq < head.hot_first <= headers[-1].seq + 1
+    ):
         return False
     wanted = [header for header in headers if header.seq < head.hot_first]
     stale = [key for key, _ in transaction.scan("turns", h) if int.from_bytes(key[16:], "big") < head.hot_first]
