@@ -1,0 +1,258 @@
+"""An S3 bucket, or one compatible with it, as an object store: one request per call, and the truth about its outcome.
+
+It never retries (the SDK's own retries are off), and never takes a reply that was cut off for a whole one.
+
+A write is definite only if the store said so: 200 with a whole etag, or a refusal. Where the connection was never made
+nothing was written; everything else is Ambiguous. http.client takes the end of the connection for the end of the
+headers, so that a reply cut off among them looks like a whole one with fewer of them: each call asks for something
+that only a whole reply has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from typing import TYPE_CHECKING, Any
+
+from sessiond import errors
+from sessiond.tiers.cloud.keys import check_bucket_prefix, check_key, check_prefix, check_range
+from sessiond.tiers.cloud.store import (
+    Ambiguous,
+    BucketMissing,
+    Listed,
+    ObjectNotFound,
+    ObjectStore,
+    PreconditionLost,
+    Stored,
+    StoreDenied,
+    StoreError,
+    StoreUnavailable,
+)
+
+if TYPE_CHECKING:
+    from botocore.exceptions import ClientError
+
+CONNECT_TIMEOUT_MS = 2_000
+READ_TIMEOUT_MS = 10_000
+# More than the threads that a worker lets into the cloud tier at once; boto3's own 10 would throw connections away.
+CONNECTIONS_MAX = 32
+# What a store answers at most per page of a listing.
+PAGE_ROWS_MAX = 1_000
+# A throttled prefix needs longer than a lost packet: AWS scales one over minutes and asks for a lower rate meanwhile.
+SLOW_DOWN_RETRY_MS = 5_000
+
+# 4xx replies after which the same bytes may be sent again: the body did not arrive whole, or too much came at once.
+_RESEND_STATUS = (408, 409, 429)
+_RESEND_CODES = frozenset(
+    ("BadDigest", "IncompleteBody", "InvalidDigest", "RequestTimeout", "XAmzContentChecksumMismatch")
+)
+
+
+class S3Store(ObjectStore):
+    """One bucket, or what lies under a prefix of it, through boto3 with its usual credential chain.
+
+    prefix: without slashes around it. endpoint: an http(s) URL, or '' for AWS. region: '' for the SDK's own choice.
+    path_style: the bucket in the path (True), in the host's name (False), or as the SDK thinks best (None).
+    read_timeout_ms bounds each wait for bytes, not the whole call. A range that begins behind the object's end has
+    neither bytes nor an etag.
+
+    A listing comes in the store's order. SeaweedFS walks folder by folder, so that there, unlike on S3, 'a/b' comes
+    before 'a-b'; page by page each key still comes once, if start_after is a key that was listed.
+
+    Raises Denied STORE_DENIED for half a set of credentials, Invalid INVALID_CONFIG for what the SDK can't use.
+    """
+
+    def __init__(
+        self,
+        bucket: str,
+        prefix: str = "",
+        *,
+        endpoint: str = "",
+        region: str = "",
+        path_style: bool | None = None,
+        connect_timeout_ms: int = CONNECT_TIMEOUT_MS,
+        read_timeout_ms: int = READ_TIMEOUT_MS,
+        connections_max: int = CONNECTIONS_MAX,
+    ) -> None:
+        # Here and not above: the import takes 0.2 s, which a node with a folder does not have to pay.
+        import boto3
+        from botocore.config import Config
+        from botocore.exceptions import BotoCoreError, PartialCredentialsError
+
+        if prefix:
+            check_bucket_prefix(prefix)
+        self._bucket = bucket
+        self._prefix = f"{prefix}/" if prefix else ""
+        self.url = f"s3://{bucket}/{prefix}" if prefix else f"s3://{bucket}"
+        settings = Config(
+            connect_timeout=connect_timeout_ms / 1000,
+            read_timeout=read_timeout_ms / 1000,
+            retries={"total_max_attempts": 1},
+            max_pool_connections=connections_max,
+            s3={"addressing_style": "auto" if path_style is None else "path" if path_style else "virtual"},
+        )
+        # Request checksums stay at the SDK's default (CRC32), so that an operator can still turn them off for an old
+        # store with AWS_REQUEST_CHECKSUM_CALCULATION=when_required.
+        try:
+            self._client: Any = boto3.session.Session().client(
+                "s3", endpoint_url=endpoint or None, region_name=region or None, config=settings
+            )
+        except PartialCredentialsError as error:
+            raise errors.Denied("STORE_DENIED", f"The credentials for {self.url} are incomplete: {error}.") from error
+        except (BotoCoreError, ValueError) as error:
+            raise errors.Invalid(
+                "INVALID_CONFIG",
+                f"The S3 client for {self.url} can't be made: {error}.",
+                {"cloud": self.url, "s3_endpoint": endpoint},
+                [("s3_endpoint" if endpoint else "cloud", str(error))],
+            ) from error
+
+    def get(self, key: str, first_byte: int | None = None, last_byte: int | None = None) -> Stored:
+        """One GetObject, with Range for a range."""
+        check_key(key)
+        span = check_range(first_byte, last_byte)
+        asked = {"Range": f"bytes={first_byte}-{last_byte}"} if span else {}
+        try:
+            reply = self._client.get_object(Bucket=self._bucket, Key=self._prefix + key, **asked)
+            # The SDK compares the length, and where the store sends one the checksum, of what it reads.
+            with closing(reply["Body"]) as stream:
+                body: bytes = stream.read()
+        except Exception as error:
+            if span and _status(error) == 416:
+                return Stored(b"", "")  # the range begins behind the object's end, and S3 sends no etag then
+            raise _explain("get", key, error) from error
+        etag = reply.get("ETag", "")
+        if "ContentLength" not in reply or not _whole(etag):
+            raise StoreUnavailable(key, "the reply ended among its headers")
+        if span and reply["ResponseMetadata"]["HTTPStatusCode"] == 200:
+            body = body[span]  # a store may ignore Range and send all of it
+        return Stored(body, etag)
+
+    def put(self, key: str, body: bytes, *, if_absent: bool = False, if_match: str | None = None) -> str:
+        """One PutObject, with the CRC32 that the SDK adds, and If-None-Match or If-Match."""
+        check_key(key)
+        if if_absent and if_match is not None:
+            raise ValueError("a put has at most one condition")
+        condition: dict[str, str] = {}
+        if if_absent:
+            condition["IfNoneMatch"] = "*"
+        elif if_match is not None:
+            condition["IfMatch"] = if_match
+        try:
+            reply = self._client.put_object(Bucket=self._bucket, Key=self._prefix + key, Body=body, **condition)
+        except Exception as error:
+            raise _explain("put", key, error, if_match=if_match is not None) from error
+        etag: str = reply.get("ETag", "")
+        if not _whole(etag):
+            # Half an etag taken for whole would make the next If-Match lose, which reads as being fenced.
+            raise Ambiguous(key, f"the reply carries no whole etag: {etag!r}")
+        return etag
+
+    def delete(self, key: str) -> None:
+        """One DeleteObject; in a versioned bucket it hides the object and leaves its versions."""
+        check_key(key)
+        try:
+            self._client.delete_object(Bucket=self._bucket, Key=self._prefix + key)
+        except Exception as error:
+            explained = _explain("delete", key, error)
+            if not isinstance(explained, ObjectNotFound):
+                raise explained from error
+
+    def list(self, prefix: str, start_after: str = "", limit: int = PAGE_ROWS_MAX) -> Iterator[Listed]:
+        """One ListObjectsV2 per 1,000 rows."""
+        check_prefix(prefix)
+        if limit < 1:
+            raise ValueError(f"a listing needs a limit of at least 1, not {limit}")
+        return self._rows(prefix, start_after, limit)
+
+    def _rows(self, prefix: str, start_after: str, limit: int) -> Iterator[Listed]:
+        left = limit
+        asked = {"StartAfter": self._prefix + start_after} if start_after else {}
+        while left:
+            try:
+                reply = self._client.list_objects_v2(
+                    Bucket=self._bucket, Prefix=self._prefix + prefix, MaxKeys=min(left, PAGE_ROWS_MAX), **asked
+                )
+            except Exception as error:
+                raise _explain("list", prefix, error) from error
+            if "IsTruncated" not in reply:
+                raise StoreUnavailable(prefix, "the reply ended before its listing")
+            for row in reply.get("Contents", ()):
+                if not row["Key"].endswith("/"):  # a console's folder marker is no object of ours
+                    yield Listed(row["Key"][len(self._prefix) :], row["Size"])
+                    left -= 1
+            if not reply["IsTruncated"]:
+                return
+            asked = {"ContinuationToken": reply["NextContinuationToken"]}
+
+    def close(self) -> None:
+        """Close the pool of connections."""
+        self._client.close()
+
+
+def _whole(etag: str) -> bool:
+    # RFC 9110, section 8.8.3: an entity tag is quoted. One without its last quote was cut off.
+    return len(etag) > 1 and etag.endswith('"')
+
+
+def _status(error: Exception) -> int:
+    reply = getattr(error, "response", None) or {}
+    status: int = reply.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    return status
+
+
+def _explain(kind: str, key: str, error: Exception, if_match: bool = False) -> StoreError:
+    """What an exception of the SDK means to a caller of `kind`: get, put, delete or list."""
+    from botocore import exceptions as sdk
+
+    if isinstance(error, sdk.ClientError):
+        return _explain_reply(kind, key, error, if_match)
+    detail = f"{type(error).__name__}: {error}"
+    if isinstance(
+        error,
+        (
+            sdk.NoCredentialsError,
+            sdk.PartialCredentialsError,
+            sdk.NoAuthTokenError,
+            sdk.SSOError,
+            sdk.UnauthorizedSSOTokenError,
+        ),
+    ):
+        return StoreDenied(key, detail)
+    # Raised before a connection stood: refused, no such host, no route, or no credentials to sign with for now.
+    unsent = (sdk.EndpointConnectionError, sdk.ConnectTimeoutError, sdk.CredentialRetrievalError)
+    if kind == "put" and not isinstance(error, unsent):
+        return Ambiguous(key, detail)
+    return StoreUnavailable(key, detail)
+
+
+def _explain_reply(kind: str, key: str, error: ClientError, if_match: bool) -> StoreError:
+    status = _status(error)
+    code = str(error.response.get("Error", {}).get("Code", ""))
+    detail = f"{status} {code}: {error.response.get('Error', {}).get('Message', '')}"
+    retry_after_ms = SLOW_DOWN_RETRY_MS if status in (429, 503) else 1000
+    unclear = Ambiguous if kind == "put" else StoreUnavailable
+
+    if code == "NoSuchBucket":
+        return BucketMissing(key, detail)
+    if status == 301 or code in ("AuthorizationHeaderMalformed", "IllegalLocationConstraintException"):
+        headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+        where = headers.get("x-amz-bucket-region", "another one")
+        return StoreDenied(key, f"wrong region, the bucket is in {where}: {detail}")
+    if status in (401, 403) or code in ("ExpiredToken", "InvalidToken", "TokenRefreshRequired"):
+        return StoreDenied(key, detail)
+    if status == 412 and kind == "put":
+        return PreconditionLost(key, detail)
+    if status == 404:
+        # What has to be matched is not there, whatever the vendor calls it; the caller reads again anyway.
+        if if_match:
+            return PreconditionLost(key, detail)
+        # Only this code is the store's word on the object. A bare 404 comes from a proxy, a wrong endpoint or a reply
+        # without its body, and taking it for absence would tell a user that a session never was.
+        if code == "NoSuchKey" and kind != "put":
+            return ObjectNotFound(key, detail)
+        return StoreUnavailable(key, detail)
+    if status >= 500 or status in _RESEND_STATUS or code in _RESEND_CODES or status < 400:
+        return unclear(key, detail, retry_after_ms)
+    # Any other 4xx refuses the request as such: sending it again changes nothing.
+    return StoreDenied(key, detail)

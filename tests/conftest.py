@@ -1,0 +1,3 @@
+"""Fixtures for all tests."""
+
+from tests.seaweed import seaweed  # noqa: F401
