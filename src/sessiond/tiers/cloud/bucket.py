@@ -100,8 +100,9 @@ def _checksum(fields: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def open_bucket(store: ObjectStore, configured_key: bytes, now_ms: int) -> Bucket:
+def open_bucket(store: ObjectStore, configured_key: bytes, now_ms: int, *, make: bool = True) -> Bucket:
     """The bucket's identity, made once if there is none. configured_key: empty to use or make the bucket's own.
+    make: False refuses with NotFound instead of making one.
 
     Raises Invalid WRONG_HASH_KEY, Corrupt NEWER_FORMAT or CORRUPT_MANIFEST, and as the store does.
     """
@@ -109,6 +110,8 @@ def open_bucket(store: ObjectStore, configured_key: bytes, now_ms: int) -> Bucke
         try:
             stored = store.get(BUCKET_KEY).body
         except ObjectNotFound:
+            if not make:
+                raise NotFound("BUCKET_NOT_FOUND", f"There is no {BUCKET_KEY} in {store.url}.") from None
             hash_key = configured_key or os.urandom(32)
             fields: dict[str, Any] = {
                 "format": FORMAT_VERSION,

@@ -151,12 +151,7 @@ class Environment:
                 transaction.put("meta", META_FORMAT, FORMAT_VERSION.to_bytes(4, "big"))
                 transaction.put("meta", META_INCARNATION, os.urandom(16))
             elif int.from_bytes(version, "big") > FORMAT_VERSION:
-                raise Corrupt(
-                    "NEWER_FORMAT",
-                    f"The hot tier in {self.path} has format {int.from_bytes(version, 'big')};"
-                    f" this release reads {FORMAT_VERSION}.",
-                    {"path": str(self.path)},
-                )
+                raise newer_format(self.path, int.from_bytes(version, "big"))
             incarnation = transaction.get("meta", META_INCARNATION)
             if incarnation is None or len(incarnation) != 16:
                 raise Corrupt("CORRUPT_HOT_ROW", f"The hot tier in {self.path} has no incarnation.")
@@ -305,6 +300,48 @@ class Environment:
         if self._thread is not None:
             self._thread.join()
         self._env.close()
+
+
+class Reader:
+    """An environment opened to read only, beside a daemon or without one. It never makes or changes anything."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises Denied UNWRITABLE_FOLDER, Corrupt NEWER_FORMAT or CORRUPT_HOT_ROW."""
+        try:
+            self._env = lmdb.open(
+                str(path), readonly=True, create=False, max_dbs=len(TABLES), max_readers=1024, lock=True, lib_version=0
+            )
+            self._tables = {name: self._env.open_db(name.encode(), create=False) for name in TABLES}
+        except (OSError, lmdb.Error) as error:
+            raise _open_error(path, error) from error
+        with self.read() as transaction:
+            version = int.from_bytes(transaction.get("meta", META_FORMAT) or b"", "big")
+            self.incarnation = bytes(transaction.get("meta", META_INCARNATION) or b"")
+        if version > FORMAT_VERSION:
+            self._env.close()
+            raise newer_format(path, version)
+
+    @contextmanager
+    def read(self) -> Iterator[Transaction]:
+        """A read transaction, as Environment.read."""
+        raw = self._env.begin(buffers=True)
+        try:
+            yield Transaction(raw, self._tables)
+        finally:
+            raw.abort()
+
+    def close(self) -> None:
+        """Close it."""
+        self._env.close()
+
+
+def newer_format(path: Path, version: int) -> Corrupt:
+    """The refusal of an environment that a newer release wrote."""
+    return Corrupt(
+        "NEWER_FORMAT",
+        f"The hot tier in {path} has format {version}; this release reads {FORMAT_VERSION}.",
+        {"path": str(path)},
+    )
 
 
 def _settle(group: list[_Work]) -> None:
