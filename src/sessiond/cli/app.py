@@ -1,0 +1,111 @@
+"""The list of commands and what surrounds each: lazily imported, errors told once, exit codes.
+
+Only click is imported here; a command's own needs load when it is called, so that `serve` starts fast.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+from typing import Any, Final
+
+import click
+
+from sessiond import __version__, errors
+from sessiond.cli import exits
+from sessiond.errors import SessiondError
+
+# Name to one line of help; the code is in sessiond.cli.<name>, as `command`.
+COMMANDS: Final = {
+    "serve": "Run the daemon of this node.",
+    "import": "Import conversations of the OpenAI chat format, one JSON line each.",
+    "export": "Write sessions as the JSON lines that import takes.",
+    "append": "Append one message to a session.",
+    "resume": "Show the active context of a session within a token budget.",
+    "sessions": "List sessions.",
+    "show": "Show a session and its checkpoints.",
+    "stats": "Show what a daemon is doing.",
+    "flush": "Have a daemon write everything that its cloud tier lacks.",
+    "drain": "Have a daemon flush and release every session.",
+    "verify": "Run the invariants over the hot tier and the cloud tier.",
+    "dump": "Decode an object file of the cloud tier, or a session's rows in the hot tier.",
+    "version": "Show the versions of sessiond and what it stands on.",
+}
+_MODULES: Final = {"import": "import_"}
+
+
+class _Commands(click.Group):
+    """Commands by name, each imported when it is called; the list of them costs no import."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"sessiond.cli.{_MODULES.get(cmd_name, cmd_name)}")
+        command: click.Command = module.command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+        with formatter.section("Exit codes"):
+            formatter.write_dl([(str(code), what) for code, what in exits.MEANINGS.items()])
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(__version__, message="sessiond %(version)s")
+def group() -> None:
+    """Durable, budgeted sessions for stateless models: the daemon, and what talks to it."""
+
+
+def main(argv: list[str]) -> int:
+    """Run one command; its exit code."""
+    # Before the parser has read it: a wrong option must be told in JSON as well.
+    as_json = "--json" in argv
+    try:
+        code = group.main(args=argv, prog_name="sessiond", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else exits.OK
+    except SessiondError as error:
+        return exits.tell(error, as_json)
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        print("sessiond: stopped", file=sys.stderr)
+        return exits.INTERRUPTED
+    except click.ClickException as error:
+        return _usage(error, as_json)
+    except BrokenPipeError:
+        # What is still buffered must not fail a second time when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return exits.BROKEN_PIPE
+    except Exception as error:
+        return exits.tell(_defect(error), as_json)
+
+
+def _usage(error: click.ClickException, as_json: bool) -> int:
+    if as_json:
+        option = getattr(error, "option_name", None) or getattr(getattr(error, "param", None), "name", None) or ""
+        told = errors.Invalid(
+            "INVALID_CONFIG",
+            error.format_message(),
+            fields=[(str(option), error.format_message())],
+            remedy="See sessiond COMMAND --help.",
+        )
+        exits.tell(told, as_json)
+    else:
+        error.show()
+    return exits.USAGE
+
+
+def _defect(error: Exception) -> SessiondError:
+    if os.environ.get("SESSIOND_DEBUG", "0") not in ("", "0"):
+        traceback.print_exception(error)
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" at {os.path.basename(frames[-1].filename)}:{frames[-1].lineno}" if frames else ""
+    details: dict[str, Any] = {"remedy": "This is a defect of sessiond; report it with SESSIOND_DEBUG=1's output."}
+    return errors.Corrupt("INTERNAL", f"{type(error).__name__}: {error}{place}.", **details)

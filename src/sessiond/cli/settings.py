@@ -1,0 +1,69 @@
+"""Command-line options for the daemon's settings, one for each field of `config.Settings`. Opens nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final, TypeVar, get_type_hints
+
+import click
+
+from sessiond import config
+from sessiond.config import Settings
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+HELP: Final = {
+    "data_dir": "Folder of the hot tier, and of the cloud tier unless --cloud names another.",
+    "cloud": "The cloud tier: file:///folder or s3://bucket/prefix. Default: a folder in the data directory.",
+    "listen": "Address to serve on: HOST:PORT or unix:PATH.",
+    "node_name": "Name of this node, unique among those that share the cloud tier. Default: the host's name.",
+    "s3_endpoint": "URL of an S3-compatible store; empty for AWS.",
+    "s3_region": "Region of the bucket.",
+    "s3_path_style": "Address buckets by path instead of by host name. Default: by path with an endpoint.",
+    "hash_key": "Hexadecimal key, 16 to 64 bytes, that hides ids in object names; better as SESSIOND_HASH_KEY.",
+    "map_size_bytes": "Size of the hot tier's map: the most that it can grow to.",
+    "readers_max": "Reader slots of the hot tier.",
+    "turn_bytes_max": "The largest turn that is taken.",
+    "request_bytes_max": "The largest request that is taken.",
+    "concurrent_calls_max": "Calls at one time; more are refused.",
+    "flush_interval_ms": "How long a turn waits at most before it is sent to the cloud tier.",
+    "flush_threads": "Sessions that are flushed at one time.",
+    "commit_group_max": "The most appends that share one fsync.",
+    "lease_ms": "How long this node's lease holds without renewal.",
+    "drain_grace_ms": "The most that a drain may take.",
+    "store_connect_timeout_ms": "Longest wait for a connection to the cloud tier.",
+    "store_read_timeout_ms": "Longest wait for an answer of the cloud tier.",
+    "default_budget_tokens": "Budget of a resume that names none and whose session has none; 0 refuses it.",
+    "log_level": "debug, info, warning or error.",
+}
+# What finds and opens the two tiers, for commands that need no daemon.
+TIERS: Final = ("data_dir", "cloud", "s3_endpoint", "s3_region", "s3_path_style", "hash_key")
+
+
+def options(*names: str) -> Callable[[Command], Command]:
+    """Add --config and an option for each named setting, or for all; values arrive by field name, None if not given."""
+    types = get_type_hints(Settings)
+    wanted = names or Settings.__struct_fields__
+    defaults = dict(zip(Settings.__struct_fields__, Settings.__struct_defaults__, strict=True))
+
+    def add(command: Command) -> Command:
+        for name in reversed(wanted):
+            flag = f"--{name.replace('_', '-')}"
+            text = HELP.get(name, f"The setting {name}.")
+            if types[name] == bool | None:
+                command = click.option(f"{flag}/--no-{flag[2:]}", name, default=None, help=text)(command)
+                continue
+            if defaults[name] not in ("", 0):
+                text += f"  [default: {defaults[name]}]"
+            kind: Any = int if types[name] is int else str
+            metavar = "N" if kind is int else "TEXT"
+            command = click.option(flag, name, type=kind, metavar=metavar, default=None, help=text)(command)
+        source = "TOML file with settings; SESSIOND_ variables go before it, options before these."
+        return click.option("--config", "config_path", metavar="FILE", help=source)(command)
+
+    return add
+
+
+def load(config_path: str | None, given: dict[str, Any]) -> Settings:
+    """The settings from file, environment and options. Raises Invalid UNKNOWN_CONFIG_KEY or INVALID_CONFIG."""
+    return config.from_environment(config_path, given)
