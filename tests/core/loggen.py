@@ -6,6 +6,7 @@ call, a rewind of an empty log) is made to fit. `random_log` gives a plain seede
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -39,6 +40,9 @@ HASH_KEY = b"a key of 32 bytes for the tests.."[:32]
 HASH = rules.session_hash(HASH_KEY, "default", "s-1")
 OTHER_HASH = rules.session_hash(HASH_KEY, "default", "s-2")
 START_MS = 1_700_000_000_000
+
+# How many examples a property is tried on; a long run of its own sets more.
+EXAMPLES = int(os.environ.get("SESSIOND_EXAMPLES", "250"))
 
 Counts = tuple[int, int, int]
 DERIVED_TAG = b"\xda\x01"
@@ -204,7 +208,9 @@ class Log:
         message = turn_pb2.Message()
         system = role in (ROLE_SYSTEM, ROLE_DEVELOPER)
         still_open = [entry[1] for entry in places[16]]
-        answers = bool(still_open) and any(what == "result" for what, _ in action.parts)
+        # As the service has it: only an assistant calls, only a tool or user answers, a tool does nothing else.
+        may_answer = role in (ROLE_TOOL, ROLE_USER)
+        answers = may_answer and bool(still_open) and any(what == "result" for what, _ in action.parts)
         if role == ROLE_TOOL and not answers:
             role = ROLE_USER
         if role == ROLE_USER and not answers:
@@ -212,12 +218,13 @@ class Log:
         events: list[tuple[bool, str]] = []
         for what, value in action.parts:
             if what == "text" or system:
-                message.parts.add(text=str(value))
+                if role != ROLE_TOOL:
+                    message.parts.add(text=str(value))
             elif what == "call" and role == ROLE_ASSISTANT:
                 message.parts.add(tool_call=turn_pb2.ToolCall(call_id=value, name="look", arguments="{}"))
                 still_open.append(value)
                 events.append((False, value))
-            elif what == "result" and still_open:
+            elif what == "result" and may_answer and still_open:
                 call_id = still_open[value % len(still_open)]
                 result = turn_pb2.ToolResult(call_id=call_id)
                 if value % 3:
@@ -379,11 +386,19 @@ def actions(counts: st.SearchStrategy[Counts] = _COUNTS, rewinds: bool = True) -
     return st.one_of(say, say, say, st.one_of(others))
 
 
+def _lists(action: st.SearchStrategy[Action], low: int, high: int) -> st.SearchStrategy[list[Action]]:
+    # Left alone, hypothesis draws lists of about five.
+    return st.one_of(
+        st.lists(action, min_size=low, max_size=high),
+        st.lists(action, min_size=max(low, high * 2 // 3), max_size=high),
+    )
+
+
 def logs(min_turns: int = 0, max_turns: int = 30) -> st.SearchStrategy[Log]:
     """Logs of every kind of turn, with any token counts."""
-    return st.lists(actions(), min_size=min_turns, max_size=max_turns).map(Log.of)
+    return _lists(actions(), min_turns, max_turns).map(Log.of)
 
 
 def small_logs(max_turns: int = 30, rewinds: bool = True) -> st.SearchStrategy[Log]:
     """Logs whose counts are small enough for budgets to matter."""
-    return st.lists(actions(_SMALL_COUNTS, rewinds), max_size=max_turns).map(Log.of)
+    return _lists(actions(_SMALL_COUNTS, rewinds), 0, max_turns).map(Log.of)

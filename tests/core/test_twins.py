@@ -27,11 +27,11 @@ from sessiond.core.layout import (
     ROLE_USER,
 )
 from sessiond.errors import Corrupt, SessiondError
-from tests.core.loggen import HASH, OTHER_HASH, Log, Say, logs, random_log, small_logs
+from tests.core.loggen import EXAMPLES, HASH, OTHER_HASH, Log, Say, logs, random_log, small_logs
 
 NAMES = [name for name in _kernel.__all__ if name != "COMPILED"]
 thorough = settings(
-    max_examples=600, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+    max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
 )
 
 
@@ -145,7 +145,7 @@ def test_twins_agree_on_sealing(data: st.DataObject) -> None:
 
 
 @given(st.binary(max_size=8192), st.integers(0, 2**32 - 1), st.integers(0, 40))
-@settings(thorough, max_examples=900)
+@settings(thorough, max_examples=2 * EXAMPLES)
 def test_checksums_are_crc32c(payload: bytes, seed: int, skip: int) -> None:
     wanted = google_crc32c.extend(seed, payload[skip:])
     assert agree("crc32c", memoryview(payload)[skip:], seed)[1] == wanted
