@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Final, TypeVar, get_type_hints
+from urllib.parse import unquote, urlsplit
 
 import click
 
 from sessiond import config
 from sessiond.config import Settings
+from sessiond.errors import Invalid, NotFound
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -67,3 +70,23 @@ def options(*names: str) -> Callable[[Command], Command]:
 def load(config_path: str | None, given: dict[str, Any]) -> Settings:
     """The settings from file, environment and options. Raises Invalid UNKNOWN_CONFIG_KEY or INVALID_CONFIG."""
     return config.from_environment(config_path, given)
+
+
+def has_hot_tier(settings: Settings) -> bool:
+    """Whether there is a hot tier in the data directory."""
+    return (settings.hot_dir / "data.mdb").exists()
+
+
+def require_hot_tier(settings: Settings) -> None:
+    """Raises Invalid INVALID_CONFIG if there is no hot tier: a reader must not make one."""
+    if not has_hot_tier(settings):
+        what = f"there is no hot tier in {settings.hot_dir}"
+        raise Invalid("INVALID_CONFIG", f"The setting data_dir is wrong: {what}.", fields=[("data_dir", what)])
+
+
+def require_cloud_tier(settings: Settings) -> None:
+    """Raises NotFound BUCKET_NOT_FOUND if the cloud tier is a folder that is not there: a reader must not make it."""
+    url = urlsplit(settings.cloud_url)
+    if url.scheme == "file" and not Path(unquote(url.path)).is_dir():
+        what = f"there is no folder {unquote(url.path)}"
+        raise NotFound("BUCKET_NOT_FOUND", f"The cloud tier is missing: {what}.", fields=[("cloud", what)])
