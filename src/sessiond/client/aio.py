@@ -1,0 +1,174 @@
+"""The client for asyncio: the calls of the other one, awaited. One channel per event loop, opened by the first call.
+
+It never blocks the loop and never hides an error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import functools
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
+
+import grpc
+
+from sessiond.client.calls import DRAIN_S_MAX, TIMEOUT_S, Call, Calls, Listing
+from sessiond.client.context import Context
+from sessiond.client.failures import failure_of
+from sessiond.v1 import admin_pb2, admin_pb2_grpc, session_pb2_grpc
+
+P = ParamSpec("P")
+Reply = TypeVar("Reply")
+Item = TypeVar("Item")
+
+
+def _unary(
+    build: Callable[Concatenate[Calls, P], Call[Reply]],
+) -> Callable[Concatenate[AsyncClient, P], Coroutine[Any, Any, Reply]]:
+    @functools.wraps(build)
+    async def method(self: AsyncClient, /, *args: P.args, **kwargs: P.kwargs) -> Reply:
+        return await self.run(build(self.calls, *args, **kwargs))
+
+    return method
+
+
+def _listing(
+    build: Callable[Concatenate[Calls, P], Listing[Item]],
+) -> Callable[Concatenate[AsyncClient, P], AsyncPages[Item]]:
+    @functools.wraps(build)
+    def method(self: AsyncClient, /, *args: P.args, **kwargs: P.kwargs) -> AsyncPages[Item]:
+        return AsyncPages(self, build(self.calls, *args, **kwargs))
+
+    return method
+
+
+class AsyncPages(Generic[Item]):
+    """An asynchronous iterator over all pages of a list. page: the reply that the newest item came in."""
+
+    def __init__(self, client: AsyncClient, listing: Listing[Item]) -> None:
+        self.page: Any = None
+        self._items = self._all(client, listing)
+
+    def __aiter__(self) -> AsyncIterator[Item]:
+        return self._items
+
+    def __anext__(self) -> Awaitable[Item]:
+        return self._items.__anext__()
+
+    async def _all(self, client: AsyncClient, listing: Listing[Item]) -> AsyncIterator[Item]:
+        token = ""
+        while True:
+            self.page = await client.run(listing.page(token))
+            for item in listing.items(self.page):
+                yield item
+            listing.check(self.page)
+            token = self.page.next_page_token
+            if not token:
+                return
+
+
+class _Connection:
+    """The channel and its stubs, opened on the running loop at the first use."""
+
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
+        self._channel: grpc.aio.Channel | None = None
+        self._stubs: dict[str, Any] = {}
+
+    def stub(self, service: str) -> Any:
+        if self._channel is None:
+            self._channel = grpc.aio.insecure_channel(self._calls.server, options=self._calls.channel_options)
+            self._stubs = {
+                "SessionService": session_pb2_grpc.SessionServiceStub(self._channel),
+                "AdminService": admin_pb2_grpc.AdminServiceStub(self._channel),
+            }
+        return self._stubs[service]
+
+    async def close(self) -> None:
+        if self._channel is not None:
+            channel, self._channel = self._channel, None
+            await channel.close(None)
+
+
+class AsyncClient:
+    """As `Client`, for asyncio: the same calls and arguments, awaited; lists are iterated with `async for`."""
+
+    def __init__(
+        self,
+        server: str | None = None,
+        *,
+        timeout_s: float = TIMEOUT_S,
+        retry_s: float | None = None,
+        channel_options: Mapping[str, Any] | None = None,
+        resend: bool = False,
+    ) -> None:
+        self.calls = Calls(server, timeout_s, retry_s, channel_options, resend)
+        self._connection = _Connection(self.calls)
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Give the connection back; calls under way are cancelled."""
+        await self._connection.close()
+
+    def within(self, timeout_s: float, retry_s: float | None = None) -> AsyncClient:
+        """The same client and connection with other times for the calls made through it."""
+        other = copy.copy(self)
+        other.calls = copy.copy(self.calls)
+        other.calls.timeout_s, other.calls.retry_s = timeout_s, retry_s
+        return other
+
+    async def run(self, call: Call[Reply]) -> Reply:
+        """Send a call and repeat it where that is safe, within the deadline. Raises SessiondError."""
+        method = getattr(self._connection.stub(call.service), call.method)
+        attempts = self.calls.attempts()
+        while True:
+            try:
+                reply = await method(call.request, timeout=attempts.remaining_s(), metadata=call.metadata)
+            except grpc.RpcError as error:
+                wait_s = attempts.wait_s(error)
+            else:
+                return call.done(reply)
+            await asyncio.sleep(wait_s)
+
+    create_session = _unary(Calls.create_session)
+    get_session = _unary(Calls.get_session)
+    list_sessions = _listing(Calls.list_sessions)
+    list_sessions_page = _unary(Calls.list_sessions_page)
+    update_session = _unary(Calls.update_session)
+    resume = _unary(Calls.resume)
+    append = _unary(Calls.append)
+    list_turns = _listing(Calls.list_turns)
+    list_turns_page = _unary(Calls.list_turns_page)
+    list_checkpoints = _unary(Calls.list_checkpoints)
+    get_status = _unary(Calls.get_status)
+    flush = _unary(Calls.flush)
+
+    async def drain(self, grace_ms: int = 0, *, shut_down: bool = False) -> AsyncIterator[admin_pb2.DrainResponse]:
+        """Have the node stop taking work, flush and release everything; its progress, the last one with `done`.
+
+        grace_ms: the most to spend; 0 for the daemon's own. Raises SessiondError.
+        """
+        request = admin_pb2.DrainRequest(grace_ms=grace_ms, shut_down=shut_down)
+        timeout_s = (grace_ms / 1000 or DRAIN_S_MAX) + self.calls.timeout_s
+        try:
+            async for progress in self._connection.stub("AdminService").Drain(request, timeout=timeout_s):
+                yield progress
+        except grpc.RpcError as error:
+            raise failure_of(error, self.calls.server).error from error
+
+    async def resend(self, session_id: str, budget_tokens: int = 0, **resume: Any) -> Context:
+        """Append again, under their own turn_ids, the turns that the cloud tier may lack, then resume.
+
+        For a client made with resend=True, after a reply that says PARTIAL: turns that survived are recognised, lost
+        ones are restored. resume: further arguments of `resume`.
+        """
+        appends, acked = self.calls.lost(session_id)
+        for call in appends:
+            await self.run(call)
+        return await self.resume(session_id, budget_tokens, **{"highest_acked": acked if acked.seq else None, **resume})

@@ -1,0 +1,472 @@
+"""Every call of the client as data: its request, and what its reply becomes. The two clients differ only in sending.
+
+It promises that everything a repeat must carry unchanged (session ids, turn ids) is in the request before it is first
+sent. It opens no channel and waits for nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Generic, TypeVar
+
+from google.protobuf.message import Message
+
+from sessiond.client import turns as turn_makers
+from sessiond.client.context import Context
+from sessiond.client.failures import Attempts, item_error, make
+from sessiond.client.turns import TurnLike, enum, policy_proto, to_message, to_turns
+from sessiond.client.unconfirmed import Unconfirmed
+from sessiond.errors import Invalid, SessiondError
+from sessiond.v1 import admin_pb2, context_pb2, session_pb2, turn_pb2
+
+SERVER_VARIABLE: Final = "SESSIOND_SERVER"
+SERVER_DEFAULT: Final = "127.0.0.1:7443"
+TIMEOUT_S: Final = 10.0
+# As the daemon's own; gRPC's default of 4 MiB is below a large context.
+MESSAGE_BYTES_MAX: Final = 64 * 1024**2
+SESSION_HEADER: Final = "x-session-id"
+CHANNEL_OPTIONS: Final[dict[str, Any]] = {
+    "grpc.max_receive_message_length": MESSAGE_BYTES_MAX,
+    "grpc.max_send_message_length": MESSAGE_BYTES_MAX,
+    # Within the daemon's limits: it takes a ping every 10 s.
+    "grpc.keepalive_time_ms": 60_000,
+    "grpc.keepalive_timeout_ms": 20_000,
+    # A daemon that restarts is back in less than a second; gRPC's own pace goes up to two minutes.
+    "grpc.initial_reconnect_backoff_ms": 100,
+    "grpc.max_reconnect_backoff_ms": 2000,
+    # The daemon stands in the same region, never behind a proxy for web pages.
+    "grpc.enable_http_proxy": 0,
+}
+# An append takes 1 to 256 turns, in a request below the daemon's limit.
+RESEND_TURNS_MAX: Final = 256
+RESEND_BYTES_MAX: Final = 4 * 1024**2
+# The longest drain that a daemon can be configured for.
+DRAIN_S_MAX: Final = 3600.0
+
+Reply = TypeVar("Reply")
+Item = TypeVar("Item")
+# Whatever has a place in a log: a position, (epoch, seq), a seq, or what has a `head`.
+PositionLike = turn_pb2.TurnPosition | tuple[int, int] | int
+ContextSpecLike = context_pb2.ContextSpec | Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Call(Generic[Reply]):
+    """One unary call. service, method: as the proto names them. done: what the reply becomes."""
+
+    service: str
+    method: str
+    request: Message
+    session_id: str
+    done: Callable[[Any], Reply]
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """What a router needs to find the session's node."""
+        return ((SESSION_HEADER, self.session_id),) if self.session_id else ()
+
+
+@dataclass(frozen=True, slots=True)
+class Listing(Generic[Item]):
+    """A list that comes in pages. page: the call for the page of a token. items: what a page holds."""
+
+    page: Callable[[str], Call[Any]]
+    items: Callable[[Any], Sequence[Item]]
+    check: Callable[[Any], None] = lambda page: None
+
+
+class AppendResult:
+    """What became of an append. `proto` is all of it."""
+
+    __slots__ = ("context", "proto")
+
+    def __init__(self, proto: session_pb2.AppendTurnResponse) -> None:
+        self.proto = proto
+        # The context that results, if it was asked for and could be made; else see context_error.
+        self.context = Context(proto.context) if proto.HasField("context") else None
+
+    def __repr__(self) -> str:
+        return f"<AppendResult {self.outcome}: head {self.head.epoch}:{self.head.seq}, cloud_seq {self.cloud_seq}>"
+
+    @property
+    def head(self) -> turn_pb2.TurnPosition:
+        """The session's newest turn; give it as `expected` of the next append."""
+        return self.proto.head
+
+    @property
+    def cloud_seq(self) -> int:
+        """The highest seq that the cloud tier has committed."""
+        return self.proto.cloud_seq
+
+    @property
+    def turns(self) -> Sequence[session_pb2.AppendedTurn]:
+        """Where each turn stands, in the order of the request."""
+        return self.proto.turns
+
+    @property
+    def outcome(self) -> str:
+        """APPENDED, DUPLICATE or CONFLICT."""
+        return _short(session_pb2.AppendOutcome, self.proto.outcome)
+
+    @property
+    def durability(self) -> str:
+        """EDGE or CLOUD: how safe the turns are now."""
+        return _short(turn_pb2.Durability, self.proto.durability)
+
+    @property
+    def missing(self) -> Sequence[context_pb2.MissingRange]:
+        """Turns that are, or may be, missing from the session."""
+        return self.proto.missing
+
+    @property
+    def conflict(self) -> session_pb2.AppendConflict | None:
+        """The turns that the caller lacks, if the outcome is a conflict; nothing was appended then."""
+        return self.proto.conflict if self.proto.HasField("conflict") else None
+
+    @property
+    def context_error(self) -> SessiondError | None:
+        """Why the context could not be made although the turns were appended."""
+        return item_error(self.proto.context_error) if self.proto.HasField("context_error") else None
+
+
+def context_spec(
+    budget_tokens: int = 0,
+    *,
+    reserve_tokens: int = 0,
+    strategy: str | int = "",
+    last_exchanges: int = 0,
+    encoding: str | int = "",
+    instructions: str | None = None,
+    new_message: str | Mapping[str, Any] | turn_pb2.Message | None = None,
+    context_etag: str = "",
+    since_seq: int | None = None,
+) -> context_pb2.ContextSpec:
+    """What a context should hold; whatever is not said is the session's policy's. Raises Invalid INVALID_CONTEXT."""
+    return context_pb2.ContextSpec(
+        budget_tokens=_unsigned(budget_tokens, "budget_tokens"),
+        reserve_tokens=_unsigned(reserve_tokens, "reserve_tokens"),
+        strategy=enum(turn_pb2.Strategy, strategy or 0, "strategy"),  # type: ignore[arg-type]
+        last_exchanges=_unsigned(last_exchanges, "last_exchanges"),
+        encoding=enum(turn_pb2.Encoding, encoding or 0, "encoding"),  # type: ignore[arg-type]
+        instructions=instructions,
+        new_message=None if new_message is None else to_message(new_message),
+        context_etag=context_etag,
+        since_seq=since_seq,
+    )
+
+
+class Calls:
+    """The calls of one client: where they go, how long they may take, and what is kept of them."""
+
+    def __init__(
+        self,
+        server: str | None,
+        timeout_s: float,
+        retry_s: float | None,
+        channel_options: Mapping[str, Any] | None,
+        resend: bool,
+    ) -> None:
+        self.server = server or os.environ.get(SERVER_VARIABLE) or SERVER_DEFAULT
+        self.timeout_s = timeout_s
+        self.retry_s = retry_s
+        self.channel_options = list({**CHANNEL_OPTIONS, **(channel_options or {})}.items())
+        self.unconfirmed = Unconfirmed() if resend else None
+
+    def attempts(self) -> Attempts:
+        """The attempts at one call, from now on."""
+        return Attempts(self.server, self.timeout_s, self.retry_s)
+
+    # Sessions ----------------------------------------------------------------------------------------------------
+
+    def create_session(
+        self,
+        session_id: str = "",
+        *,
+        user_id: str = "",
+        policy: turn_pb2.SessionPolicy | Mapping[str, Any] | None = None,
+        metadata: Mapping[str, str] | None = None,
+        created_at_unix_ms: int = 0,
+    ) -> Call[session_pb2.Session]:
+        """Make a session, or return the one that has this id already. Without an id, one is minted.
+
+        policy: by the names of SessionPolicy, as in {"min_durability": "CLOUD", "budget_tokens": 4000}.
+        """
+        # Minted here, so that a repeat names the same session.
+        session_id = session_id or str(uuid.uuid4())
+        request = session_pb2.CreateSessionRequest(
+            session_id=session_id,
+            user_id=user_id,
+            policy=policy_proto(policy),
+            metadata=metadata or {},
+            created_at_unix_ms=created_at_unix_ms,
+        )
+        return _session_call("CreateSession", request, lambda reply: reply.session)
+
+    def get_session(self, session_id: str, *, user_id: str = "") -> Call[session_pb2.Session]:
+        """A session without its turns."""
+        request = session_pb2.GetSessionRequest(session_id=session_id, user_id=user_id)
+        return _session_call("GetSession", request, lambda reply: reply.session)
+
+    def list_sessions_page(
+        self, user_id: str | None = None, *, page_size: int = 0, page_token: str = ""
+    ) -> Call[session_pb2.ListSessionsResponse]:
+        """One page of the sessions of a user, or of the tenant, oldest first, unreadable ones named."""
+        request = session_pb2.ListSessionsRequest(
+            user_id=user_id, page_size=_unsigned(page_size, "page_size"), page_token=page_token
+        )
+        return Call("SessionService", "ListSessions", request, "", _itself)
+
+    def list_sessions(self, user_id: str | None = None, *, page_size: int = 0) -> Listing[session_pb2.Session]:
+        """The sessions of a user, or of the tenant, oldest first within a user.
+
+        Raises Corrupt after a page with sessions that exist but can't be read; list_sessions_page goes past them.
+        """
+
+        def page(token: str) -> Call[session_pb2.ListSessionsResponse]:
+            return self.list_sessions_page(user_id, page_size=page_size, page_token=token)
+
+        def check(reply: session_pb2.ListSessionsResponse) -> None:
+            if reply.unreadable:
+                first, count = reply.unreadable[0], len(reply.unreadable)
+                message = f"{count} listed session(s) can't be read, the first {first.session_id!r}: {first.reason}."
+                raise make("DATA_LOSS", first.reason, message, {"session_id": first.session_id, "count": str(count)})
+
+        return Listing(page, lambda reply: reply.sessions, check)
+
+    def update_session(
+        self,
+        session_id: str,
+        *,
+        flags: Mapping[str, bool] | None = None,
+        mode: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+        metadata_removed: Iterable[str] = (),
+        pins: Mapping[str, str] | None = None,
+        pins_removed: Iterable[str] = (),
+        policy: turn_pb2.SessionPolicy | Mapping[str, Any] | None = None,
+        etag: str = "",
+        turn_id: str = "",
+        durability: str | int = "",
+        user_id: str = "",
+    ) -> Call[session_pb2.Session]:
+        """Append a state turn; what is not named stays as it was. Returns the session after it.
+
+        etag: the `state.etag` that the change builds on; empty changes it whatever it is.
+        """
+        turn = turn_makers.state_change(
+            flags=flags,
+            mode=mode,
+            metadata=metadata,
+            metadata_removed=metadata_removed,
+            pins=pins,
+            pins_removed=pins_removed,
+            policy=policy,
+            turn_id=turn_id,
+        )
+        request = session_pb2.UpdateSessionRequest(
+            session_id=session_id,
+            user_id=user_id,
+            etag=etag,
+            turn_id=turn.turn_id,
+            change=turn.state,
+            durability=enum(turn_pb2.Durability, durability or 0, "durability"),  # type: ignore[arg-type]
+        )
+
+        def done(reply: session_pb2.UpdateSessionResponse) -> session_pb2.Session:
+            session = reply.session
+            if self.unconfirmed is not None:
+                self.unconfirmed.acknowledged(
+                    session_id, [(turn, reply.appended)], session.epoch, session.cloud_seq, session.missing
+                )
+            return session
+
+        return _session_call("UpdateSession", request, done)
+
+    # Resume and append -------------------------------------------------------------------------------------------
+
+    def resume(
+        self,
+        session_id: str,
+        budget_tokens: int = 0,
+        *,
+        reserve_tokens: int = 0,
+        strategy: str | int = "",
+        last_exchanges: int = 0,
+        encoding: str | int = "",
+        instructions: str | None = None,
+        new_message: str | Mapping[str, Any] | turn_pb2.Message | None = None,
+        context_etag: str = "",
+        since_seq: int | None = None,
+        highest_acked: PositionLike | AppendResult | Context | None = None,
+        known_checkpoint_version: int = 0,
+        accept_missing: int | None = None,
+        reset_to_session_id: str = "",
+        read_only: bool = False,
+        user_id: str = "",
+    ) -> Call[Context]:
+        """The active context within a token budget, and what is missing from it.
+
+        strategy: FULL, LAST_N, SUMMARY, HYBRID or RECALL; unsaid, the policy's, else HYBRID. encoding: o200k_base or
+        cl100k_base. instructions, new_message: counted, not stored. highest_acked: the newest turn that the caller
+        saw acknowledged. accept_missing: go on without the turns of this epoch that may be missing.
+        """
+        request = session_pb2.ResumeSessionRequest(
+            session_id=session_id,
+            user_id=user_id,
+            context=context_spec(
+                budget_tokens,
+                reserve_tokens=reserve_tokens,
+                strategy=strategy,
+                last_exchanges=last_exchanges,
+                encoding=encoding,
+                instructions=instructions,
+                new_message=new_message,
+                context_etag=context_etag,
+                since_seq=since_seq,
+            ),
+            highest_acked=_position(highest_acked),
+            known_checkpoint_version=known_checkpoint_version,
+            accept_missing=accept_missing,
+            reset_to_session_id=reset_to_session_id,
+            read_only=read_only,
+        )
+        return _session_call("ResumeSession", request, lambda reply: Context(reply.context))
+
+    def append(
+        self,
+        session_id: str,
+        turns: TurnLike | Iterable[TurnLike],
+        *,
+        expected: PositionLike | AppendResult | Context | None = None,
+        durability: str | int = "",
+        context: ContextSpecLike | None = None,
+        return_tail_on_conflict: bool = False,
+        user_id: str = "",
+    ) -> Call[AppendResult]:
+        """Append turns, all or none; with `context` (a context_spec, or its arguments), also the context that results.
+
+        turns: what the makers of `sessiond.client` return, TurnInputs, or OpenAI chat messages. Each has one turn_id
+        for good: to try again after an error, pass the same turns, not new ones. durability: EDGE or CLOUD.
+        """
+        if context is not None and not isinstance(context, context_pb2.ContextSpec):
+            context = context_spec(**context)
+        request = session_pb2.AppendTurnRequest(
+            session_id=session_id,
+            user_id=user_id,
+            turns=to_turns(turns),
+            expected=_position(expected),
+            durability=enum(turn_pb2.Durability, durability or 0, "durability"),  # type: ignore[arg-type]
+            context=context,
+            conflict_mode=session_pb2.CONFLICT_MODE_RETURN_TAIL
+            if return_tail_on_conflict
+            else session_pb2.CONFLICT_MODE_UNSPECIFIED,
+        )
+
+        def done(reply: session_pb2.AppendTurnResponse) -> AppendResult:
+            if self.unconfirmed is not None and reply.outcome != session_pb2.APPEND_OUTCOME_CONFLICT:
+                pairs = zip(request.turns, reply.turns, strict=True)
+                self.unconfirmed.acknowledged(session_id, pairs, reply.head.epoch, reply.cloud_seq, reply.missing)
+            return AppendResult(reply)
+
+        return _session_call("AppendTurn", request, done)
+
+    def lost(self, session_id: str) -> tuple[list[Call[AppendResult]], turn_pb2.TurnPosition]:
+        """(appends of every turn that the cloud tier may lack, the highest_acked to resume with). Needs resend=True."""
+        if self.unconfirmed is None:
+            raise ValueError("This client keeps no turns to send again: make it with resend=True.")
+        turns, acked = self.unconfirmed.kept(session_id)
+        batches: list[list[turn_pb2.TurnInput]] = []
+        size_bytes = 0
+        for turn in turns:
+            size_bytes += turn.ByteSize()
+            if not batches or len(batches[-1]) == RESEND_TURNS_MAX or size_bytes > RESEND_BYTES_MAX:
+                batches.append([])
+                size_bytes = turn.ByteSize()
+            batches[-1].append(turn)
+        return [self.append(session_id, batch) for batch in batches], acked
+
+    # Transcript and checkpoints ----------------------------------------------------------------------------------
+
+    def list_turns_page(
+        self,
+        session_id: str,
+        *,
+        first_seq: int = 0,
+        last_seq: int = 0,
+        page_size: int = 0,
+        page_token: str = "",
+        user_id: str = "",
+    ) -> Call[session_pb2.ListTurnsResponse]:
+        """One page of the transcript, with a receipt that says what is missing."""
+        request = session_pb2.ListTurnsRequest(
+            session_id=session_id,
+            user_id=user_id,
+            page_size=_unsigned(page_size, "page_size"),
+            page_token=page_token,
+            first_seq=first_seq,
+            last_seq=last_seq,
+        )
+        return _session_call("ListTurns", request, _itself)
+
+    def list_turns(
+        self, session_id: str, *, first_seq: int = 0, last_seq: int = 0, page_size: int = 0, user_id: str = ""
+    ) -> Listing[turn_pb2.Turn]:
+        """The transcript, oldest first, superseded turns included. Its `page.receipt` says what is missing."""
+
+        def page(token: str) -> Call[session_pb2.ListTurnsResponse]:
+            return self.list_turns_page(
+                session_id,
+                first_seq=first_seq,
+                last_seq=last_seq,
+                page_size=page_size,
+                page_token=token,
+                user_id=user_id,
+            )
+
+        return Listing(page, lambda reply: reply.turns)
+
+    def list_checkpoints(self, session_id: str, *, user_id: str = "") -> Call[Sequence[session_pb2.Checkpoint]]:
+        """The newest checkpoints, at most five, newest first."""
+        request = session_pb2.ListCheckpointsRequest(session_id=session_id, user_id=user_id)
+        return _session_call("ListCheckpoints", request, lambda reply: reply.checkpoints)
+
+    # The node ----------------------------------------------------------------------------------------------------
+
+    def get_status(self) -> Call[admin_pb2.GetStatusResponse]:
+        """What the node is doing."""
+        return Call("AdminService", "GetStatus", admin_pb2.GetStatusRequest(), "", _itself)
+
+    def flush(self, session_id: str = "") -> Call[admin_pb2.FlushResponse]:
+        """Write everything that the cloud tier lacks, of one session or of all, and wait for it."""
+        return Call("AdminService", "Flush", admin_pb2.FlushRequest(session_id=session_id), session_id, _itself)
+
+
+def _session_call(method: str, request: Any, done: Callable[[Any], Reply]) -> Call[Reply]:
+    return Call("SessionService", method, request, request.session_id, done)
+
+
+def _itself(reply: Any) -> Any:
+    return reply
+
+
+def _position(value: Any) -> turn_pb2.TurnPosition | None:
+    if value is None or isinstance(value, turn_pb2.TurnPosition):
+        return value
+    if isinstance(value, (AppendResult, Context)):
+        return value.head
+    epoch, seq = (0, value) if isinstance(value, int) else value
+    return turn_pb2.TurnPosition(epoch=epoch, seq=seq)
+
+
+def _unsigned(value: int, field: str) -> int:
+    if not 0 <= value < 2**32:
+        what = f"{value} is outside 0..{2**32 - 1}"
+        raise Invalid("INVALID_CONTEXT", f"{field}: {what}.", fields=[(field, what)])
+    return value
+
+
+def _short(kind: Any, number: int) -> str:
+    return str(kind.Name(number)).rpartition("_")[2] if number in kind.values() else str(number)

@@ -1,0 +1,154 @@
+"""The client for threads: one channel, safe to share; each call has a deadline and is repeated only where that is safe.
+
+It never starts a thread of its own and never hides an error.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
+
+import grpc
+
+from sessiond.client.calls import DRAIN_S_MAX, TIMEOUT_S, Call, Calls, Listing
+from sessiond.client.context import Context
+from sessiond.client.failures import failure_of
+from sessiond.v1 import admin_pb2, admin_pb2_grpc, session_pb2_grpc
+
+P = ParamSpec("P")
+Reply = TypeVar("Reply")
+Item = TypeVar("Item")
+
+
+def _unary(build: Callable[Concatenate[Calls, P], Call[Reply]]) -> Callable[Concatenate[Client, P], Reply]:
+    @functools.wraps(build)
+    def method(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> Reply:
+        return self.run(build(self.calls, *args, **kwargs))
+
+    return method
+
+
+def _listing(build: Callable[Concatenate[Calls, P], Listing[Item]]) -> Callable[Concatenate[Client, P], Pages[Item]]:
+    @functools.wraps(build)
+    def method(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> Pages[Item]:
+        return Pages(self, build(self.calls, *args, **kwargs))
+
+    return method
+
+
+class Pages(Generic[Item]):
+    """An iterator over all pages of a list. page: the reply that the newest item came in."""
+
+    def __init__(self, client: Client, listing: Listing[Item]) -> None:
+        self.page: Any = None
+        self._items = self._all(client, listing)
+
+    def __iter__(self) -> Iterator[Item]:
+        return self._items
+
+    def __next__(self) -> Item:
+        return next(self._items)
+
+    def _all(self, client: Client, listing: Listing[Item]) -> Iterator[Item]:
+        token = ""
+        while True:
+            self.page = client.run(listing.page(token))
+            yield from listing.items(self.page)
+            listing.check(self.page)
+            token = self.page.next_page_token
+            if not token:
+                return
+
+
+class Client:
+    """A connection to a daemon, or to a name that leads to several.
+
+    server: HOST:PORT or unix:PATH; unsaid, SESSIOND_SERVER, else 127.0.0.1:7443. timeout_s: for a whole call, repeats
+    included. retry_s: how long to go on repeating after the first failure, 0 for never; unsaid, until timeout_s.
+    channel_options: gRPC channel arguments by name. resend: keep turns until the cloud tier has them; see `resend`.
+    """
+
+    def __init__(
+        self,
+        server: str | None = None,
+        *,
+        timeout_s: float = TIMEOUT_S,
+        retry_s: float | None = None,
+        channel_options: Mapping[str, Any] | None = None,
+        resend: bool = False,
+    ) -> None:
+        self.calls = Calls(server, timeout_s, retry_s, channel_options, resend)
+        self._channel = grpc.insecure_channel(self.calls.server, options=self.calls.channel_options)
+        self._stubs: dict[str, Any] = {
+            "SessionService": session_pb2_grpc.SessionServiceStub(self._channel),
+            "AdminService": admin_pb2_grpc.AdminServiceStub(self._channel),
+        }
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the connection back; calls under way are cancelled."""
+        self._channel.close()
+
+    def within(self, timeout_s: float, retry_s: float | None = None) -> Client:
+        """The same client and connection with other times for the calls made through it."""
+        other = copy.copy(self)
+        other.calls = copy.copy(self.calls)
+        other.calls.timeout_s, other.calls.retry_s = timeout_s, retry_s
+        return other
+
+    def run(self, call: Call[Reply]) -> Reply:
+        """Send a call and repeat it where that is safe, within the deadline. Raises SessiondError."""
+        method = getattr(self._stubs[call.service], call.method)
+        attempts = self.calls.attempts()
+        while True:
+            try:
+                reply = method(call.request, timeout=attempts.remaining_s(), metadata=call.metadata)
+            except grpc.RpcError as error:
+                wait_s = attempts.wait_s(error)
+            else:
+                return call.done(reply)
+            time.sleep(wait_s)
+
+    create_session = _unary(Calls.create_session)
+    get_session = _unary(Calls.get_session)
+    list_sessions = _listing(Calls.list_sessions)
+    list_sessions_page = _unary(Calls.list_sessions_page)
+    update_session = _unary(Calls.update_session)
+    resume = _unary(Calls.resume)
+    append = _unary(Calls.append)
+    list_turns = _listing(Calls.list_turns)
+    list_turns_page = _unary(Calls.list_turns_page)
+    list_checkpoints = _unary(Calls.list_checkpoints)
+    get_status = _unary(Calls.get_status)
+    flush = _unary(Calls.flush)
+
+    def drain(self, grace_ms: int = 0, *, shut_down: bool = False) -> Iterator[admin_pb2.DrainResponse]:
+        """Have the node stop taking work, flush and release everything; its progress, the last one with `done`.
+
+        grace_ms: the most to spend; 0 for the daemon's own. Raises SessiondError.
+        """
+        request = admin_pb2.DrainRequest(grace_ms=grace_ms, shut_down=shut_down)
+        timeout_s = (grace_ms / 1000 or DRAIN_S_MAX) + self.calls.timeout_s
+        try:
+            yield from self._stubs["AdminService"].Drain(request, timeout=timeout_s)
+        except grpc.RpcError as error:
+            raise failure_of(error, self.calls.server).error from error
+
+    def resend(self, session_id: str, budget_tokens: int = 0, **resume: Any) -> Context:
+        """Append again, under their own turn_ids, the turns that the cloud tier may lack, then resume.
+
+        For a client made with resend=True, after a reply that says PARTIAL: turns that survived are recognised, lost
+        ones are restored. resume: further arguments of `resume`.
+        """
+        appends, acked = self.calls.lost(session_id)
+        for call in appends:
+            self.run(call)
+        return self.resume(session_id, budget_tokens, **{"highest_acked": acked if acked.seq else None, **resume})
