@@ -530,8 +530,6 @@ cdef bint is_place(Py_ssize_t place, object value) except -1:
         return is_counts(value, 3)
     if place == 10:
         return value is None or is_counts(value, 4)
-    if place == 11:
-        return value is None or is_counts(value, 6)
     if place in (12, 13, 15):
         if type(value) is not dict:
             return False
@@ -547,11 +545,11 @@ cdef bint is_place(Py_ssize_t place, object value) except -1:
         return True
     if place == 14:
         return type(value) is str
-    if place == 16 or place == 20:
+    if place in (11, 16, 20):
         if type(value) is not list:
             return False
         for item in <list>value:
-            if not (is_count_and_text(item) if place == 16 else is_counts(item, 2)):
+            if not (is_count_and_text(item) if place == 16 else is_counts(item, 6 if place == 11 else 2)):
                 return False
         return True
     if place == 17:
@@ -684,9 +682,11 @@ cdef int apply_summary(
                 first = inner.value
             elif inner.number == 2 and inner.wire == 0:
                 last = inner.value
-    places[11] = [
+    cdef list row = [
         seq, first, last, load_u32(counts), load_u32(counts + SLOT_BYTES), load_u32(counts + 2 * SLOT_BYTES)
     ]
+    # One that starts over stands for all before it; one that extends stands beside them.
+    places[11] = [row] if first == 1 else <list>places[11] + [row]
     return 0
 
 

@@ -241,7 +241,7 @@ class Log:
         places = self.places
         if not self.seq:
             return
-        covered = places[11][2] if places[11] else 0
+        covered = places[11][-1][2] if places[11] else 0
         first = (covered + 1, 1, covered + 2, covered + 1)[action.how]
         last = min(first + action.reach, self.seq)
         chain = self.headers[last - 1].chain if last >= 1 else bytes(16)

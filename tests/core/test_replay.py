@@ -124,7 +124,7 @@ def test_the_state_says_what_the_log_in_force_says(log: Log) -> None:
     assert state.cumulative == [sum(header.tokens[slot] for header in everything) for slot in range(3)]
 
     flags: dict[str, bool] = {}
-    metadata, pins, mode, milestone, summary, instructions = {"made": "here"}, {}, "", None, None, None
+    metadata, pins, mode, milestone, summary, instructions = {"made": "here"}, {}, "", None, [], None
     for seq in kept:
         header, body = log.headers[seq - 1], log.bodies[seq - 1]
         if header.kind == KIND_STATE:
@@ -141,7 +141,8 @@ def test_the_state_says_what_the_log_in_force_says(log: Log) -> None:
             milestone = [seq, body.milestone.label]
         elif header.kind == KIND_SUMMARY and header.flags & FLAG_APPLIES:
             covered = body.summary.covered
-            summary = [seq, covered.first_seq, covered.last_seq, *header.tokens]
+            row = [seq, covered.first_seq, covered.last_seq, *header.tokens]
+            summary = [row] if covered.first_seq == 1 else [*summary, row]
         elif header.kind == KIND_MESSAGE and not rules.is_live(header.kind, header.role):
             instructions = [seq, *header.tokens]
     assert state.flags == {key: True for key, value in flags.items() if value}

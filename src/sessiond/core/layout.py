@@ -59,8 +59,9 @@ STATE. The fold of a log, one MessagePack array with these places (later rules o
                                                                        20 superseded [[first, last], ...]
                                                                        21 append time of the newest turn, ms
 
-    instructions: [seq, tokens x3] or nil.   summary: [seq, first, last, tokens x3] or nil.
-    pins: {key: [value, epoch, seq, tokens x3]}.   Maps are written in ascending key order.
+    instructions: [seq, tokens x3] or nil.   pins: {key: [value, epoch, seq, tokens x3]}.
+    summary: [[seq, first, last, tokens x3], ...]: the summary turns in effect; together they cover 1..last without a gap.
+    Maps are written in ascending key order.
 
 A checkpoint is the state at a boundary, and these very bytes. The same rule over the same log gives the same bytes,
 in any batching, in either twin.
@@ -144,6 +145,8 @@ BODY_DERIVED: Final = 27
 RULE_VERSION: Final = 1
 # A window never reaches back over this many separate rewinds in practice; older ones only blur receipts.
 SUPERSEDED_RANGES_MAX: Final = 64
+# Summaries that extend one another before one has to cover everything anew.
+SUMMARIES_MAX: Final = 32
 # Calls that wait for a result at one time.
 OPEN_CALLS_MAX: Final = 1024
 

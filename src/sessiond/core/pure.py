@@ -381,7 +381,7 @@ _SHAPES: Final[tuple[Callable[[Any], bool], ...]] = (
     *(_is_count, _is_count, _is_count),
     lambda value: type(value) is bytes and len(value) == _HASH_BYTES,
     *(_counts(3), _is_count, _is_count, _counts(3), _is_count, _is_count),
-    *(_or_nil(_counts(4)), _or_nil(_counts(6))),
+    *(_or_nil(_counts(4)), _every(_counts(6))),
     _map_of(_list_of(_is_text, *[_is_count] * 5)),
     _map_of(lambda value: type(value) is bool),
     *(_is_text, _map_of(_is_text), _every(_list_of(_is_count, _is_text)), _counts(2), _counts(3)),
@@ -476,7 +476,9 @@ def _apply_body(places: list[Any], buffer: Buffer, header: Header) -> None:
                             first = value
                         elif inner == 2 and inner_wire == 0:
                             last = value
-            places[11] = [seq, first, last, *header.tokens]
+            row = [seq, first, last, *header.tokens]
+            # One that starts over stands for all before it; one that extends stands beside them.
+            places[11] = [row] if first == 1 else [*places[11], row]
     elif kind == KIND_MILESTONE:
         label = ""
         for number, wire, _, item_start, item_end in _fields(buffer, start, end):

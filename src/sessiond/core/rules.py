@@ -27,6 +27,7 @@ from sessiond.core.layout import (
     ROLE_USER,
     STATUS_CANCELLED,
     STATUS_INTERRUPTED,
+    SUMMARIES_MAX,
 )
 from sessiond.errors import Exhausted, Invalid
 
@@ -106,12 +107,14 @@ def message_flags(places: list[Any], role: int, status: int, events: list[tuple[
 
 def summary_applies(places: list[Any], first: int, last: int, chain_at_last: bytes | None, claimed: bytes) -> bool:
     """Whether a summary that covers first..last takes effect. chain_at_last: the log's chain there, None if unknown."""
-    covered = places[11][2] if places[11] else 0
+    covered = places[11][-1][2] if places[11] else 0
     if not 1 <= first <= last <= places[1] or chain_at_last is None or claimed != chain_at_last:
         return False
     if any(low <= last <= high for low, high in places[20]):
         return False
-    return first == covered + 1 or (first == 1 and last > covered)
+    if first == 1:
+        return last > covered
+    return first == covered + 1 and len(places[11]) < SUMMARIES_MAX
 
 
 def other_flags(kind: int, applies: bool) -> int:

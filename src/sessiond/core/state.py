@@ -25,7 +25,7 @@ class State(NamedTuple):
     exchanges: int
     exchange_seq: int
     instructions: list[int] | None
-    summary: list[int] | None
+    summary: list[list[int]]
     pins: dict[str, list[Any]]
     flags: dict[str, bool]
     mode: str
@@ -46,7 +46,7 @@ RESTORED_PLACES = (5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 19)
 def genesis(session_hash: bytes, metadata: Mapping[str, str]) -> bytes:
     """The state before turn 1: nothing but the metadata that the session was created with."""
     return encode_places(
-        [RULE_VERSION, 0, 0, session_hash, [0, 0, 0], 0, 0, [0, 0, 0], 0, 0, None, None, {}, {}, ""]
+        [RULE_VERSION, 0, 0, session_hash, [0, 0, 0], 0, 0, [0, 0, 0], 0, 0, None, [], {}, {}, ""]
         + [dict(metadata), [], [0, 0], [0, 0, 0], None, [], 0]
     )
 

@@ -117,7 +117,7 @@ def checkpoint_header(state: State) -> context_pb2.CheckpointHeader | None:
         version=epoch << 32 | seq,
         replay_cursor=seq,
         epoch=epoch,
-        tail_first_seq=state.summary[2] + 1 if state.summary else 1,
+        tail_first_seq=state.summary[-1][2] + 1 if state.summary else 1,
         instructions_seq=state.instructions[0] if state.instructions else 0,
         exchanges=state.exchanges,
         rule=state.rule,
@@ -127,7 +127,7 @@ def checkpoint_header(state: State) -> context_pb2.CheckpointHeader | None:
     if state.cursor == seq:
         header.chain = state.chain
     if state.summary:
-        header.summarised.first_seq, header.summarised.last_seq = state.summary[1], state.summary[2]
+        header.summarised.first_seq, header.summarised.last_seq = 1, state.summary[-1][2]
     return header
 
 
@@ -216,14 +216,16 @@ def build(source: Source, h: bytes, state: State, spec: Spec, standing: Standing
     instructions = state.instructions if spec.given_instructions is None else None
     instructions_tokens = spec.instructions_tokens if instructions is None else instructions[1 + slot]
     pins_tokens = sum(value[3 + slot] for value in state.pins.values())
-    summary = state.summary if hybrid else None
-    summary_tokens = summary[3 + slot] if summary else 0
+    summary = state.summary if hybrid else []
+    summary_tokens = sum(row[3 + slot] for row in summary)
     usable = spec.budget - spec.reserve
     fixed = CONTEXT_TOKENS + instructions_tokens + pins_tokens + summary_tokens
     exact = usable - fixed - spec.new_tokens
     tail = usable - fixed - max(spec.new_tokens, usable // NEW_MESSAGE_SHARE) if hybrid else exact
     if exact < 0:
-        raise _too_small(spec, spec.reserve + fixed + spec.new_tokens)
+        # What must be there leaves nothing for a tail; the minimum that is named has room for the newest one.
+        fit = _choose(source, h, state, spec, 0, 0)
+        raise _too_small(spec, spec.reserve + fixed + spec.new_tokens + (fit[1] if fit[0] == FIT_NOTHING else 0))
     fit = _choose(source, h, state, spec, max(0, tail), exact)
     if fit[0] == FIT_NOTHING:
         raise _too_small(spec, spec.reserve + fixed + spec.new_tokens + fit[1])
@@ -237,15 +239,16 @@ def build(source: Source, h: bytes, state: State, spec: Spec, standing: Standing
         prefix.update(header.chain)
     elif spec.given_instructions is not None:
         prefix.update(spec.given_instructions.encode())
-    shows_summary = summary is not None and before_seq > 0
-    if summary is not None and shows_summary:
-        header, buffer = source.frame(summary[0])
+    if not before_seq:
+        # Every message in force is in the tail: a summary would only say it twice.
+        summary, summary_tokens = [], 0
+    covered = summary[-1][2] if summary else 0
+    for row in summary:
+        header, buffer = source.frame(row[0])
         pieces += (_SUMMARY_TAG, bytes(buffer[header.offset + 1 : header.end]))
         prefix.update(header.chain)
-        receipt.summarised.add(first_seq=summary[1], last_seq=summary[2])
-    if not shows_summary:
-        summary_tokens = 0
-    covered = summary[2] if summary and shows_summary else 0
+    if summary:
+        receipt.summarised.add(first_seq=1, last_seq=covered)
     for low, high in ranges:
         receipt.verbatim.add(first_seq=low, last_seq=high)
     if before_seq > covered:

@@ -13,13 +13,12 @@ from typing import Final
 
 from sessiond import core
 from sessiond.core import rules
-from sessiond.errors import SessiondError
-from sessiond.service.prepare import check_session_id
+from sessiond.errors import REASONS, SessiondError
 from sessiond.service.sessions import Call, Parts, Sessions
 from sessiond.tiers.cloud.counting import CountingStore
 from sessiond.tiers.flush import Flushed
 from sessiond.tiers.hot.rows import PHASE_OWNED, PHASE_RELEASING, decode_head
-from sessiond.v1 import admin_pb2
+from sessiond.v1 import admin_pb2, session_pb2
 
 DRAIN_IN_FLIGHT_MAX: Final = 64
 PROGRESS_EVERY_MS: Final = 250
@@ -113,7 +112,7 @@ class Node:
     async def flush(self, call: Call, request: admin_pb2.FlushRequest) -> admin_pb2.FlushResponse:
         """Write everything that the cloud tier lacks, and wait for it."""
         if request.session_id:
-            check_session_id(request.session_id)
+            await self._sessions.get(call, session_pb2.GetSessionRequest(session_id=request.session_id))
             wanted = [rules.session_hash(self._parts.bucket.hash_key, call.tenant, request.session_id)]
         else:
             with self._parts.hot.read() as transaction:
@@ -192,7 +191,10 @@ class Node:
             progress.failures.update(failures)
             left = self._owned()
             progress.remaining_sessions = len(left)
-            if not left or parts.clock_ms() >= deadline_ms:
+            hopeless = bool(failures) and not any(
+                REASONS[reason].retry_after_ms for reason in failures if reason in REASONS
+            )
+            if not left or hopeless or parts.clock_ms() >= deadline_ms:
                 progress.done = True
                 progress.clean = not left
                 if not left:

@@ -24,7 +24,9 @@ def open_page(hash_key: bytes, query: bytes, token: str) -> list[int] | list[str
     """The place that a token names. Raises Invalid INVALID_PAGE_TOKEN if it is not one of this query's."""
     try:
         raw = base64.urlsafe_b64decode(token.encode("ascii"))
-        if len(raw) > _MAC_BYTES and _mac(hash_key, query, raw[_MAC_BYTES:]) == raw[:_MAC_BYTES]:
+        # Decoding skips what is not of the alphabet: only the very text that was handed out is a token.
+        whole = len(raw) > _MAC_BYTES and base64.urlsafe_b64encode(raw).decode() == token
+        if whole and _mac(hash_key, query, raw[_MAC_BYTES:]) == raw[:_MAC_BYTES]:
             place = msgpack.unpackb(raw[_MAC_BYTES:])
             if isinstance(place, list):
                 return place

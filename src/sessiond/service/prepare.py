@@ -6,7 +6,8 @@ It promises that whatever it refuses names the field and the remedy. It reads no
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Final
 
 from google.protobuf.message import Message as ProtoMessage
@@ -20,7 +21,7 @@ from sessiond.core.layout import (
     KIND_SUMMARY,
 )
 from sessiond.errors import Invalid, Unimplemented
-from sessiond.tiers.hot.log import PreparedTurn
+from sessiond.tiers.hot.log import FLAGS_MAX, METADATA_BYTES_MAX, METADATA_PAIRS_MAX, PINS_MAX, PreparedTurn
 from sessiond.tokens import Tokenizer
 from sessiond.v1 import context_pb2, turn_pb2
 
@@ -30,12 +31,8 @@ USER_ID_BYTES_MAX: Final = 256
 PARTS_MAX: Final = 1024
 LABELS_MAX: Final = 32
 LABEL_BYTES_MAX: Final = 1024
-METADATA_PAIRS_MAX: Final = 64
-METADATA_BYTES_MAX: Final = 16 * 1024
-FLAGS_MAX: Final = 64
 PIN_KEY_BYTES_MAX: Final = 64
 PIN_VALUE_BYTES_MAX: Final = 2048
-PINS_MAX: Final = 64
 MILESTONE_BYTES_MAX: Final = 128
 MODE_BYTES_MAX: Final = 128
 LAST_EXCHANGES_MAX: Final = 100_000
@@ -58,6 +55,16 @@ SERVED_STRATEGIES: Final = (turn_pb2.STRATEGY_FULL, turn_pb2.STRATEGY_LAST_N, tu
 def invalid(reason: str, field: str, what: str, **metadata: str) -> Invalid:
     """A refusal of one field."""
     return Invalid(reason, f"{field}: {what}.", {"field": field, **metadata}, [(field, what)])
+
+
+@contextmanager
+def _naming(field: str) -> Iterator[None]:
+    """What refuses a text without knowing whose it is gets the field's name."""
+    try:
+        yield
+    except Invalid as refused:
+        refused.fields = refused.fields or [(field, refused.message)]
+        raise
 
 
 def check_session_id(session_id: str, field: str = "session_id") -> str:
@@ -188,15 +195,17 @@ class Spec:
                 raise invalid("INVALID_CONTEXT", f"{field}.last_exchanges", what)
         self.since_seq = proto.since_seq if proto.HasField("since_seq") else 0
         self.given_instructions = proto.instructions if proto.HasField("instructions") else None
-        self.instructions_tokens = (
-            0 if self.given_instructions is None else tokenizer.count_summary(self.given_instructions, self.encoding)
-        )
+        self.instructions_tokens = 0
+        if self.given_instructions is not None:
+            with _naming(f"{field}.instructions"):
+                self.instructions_tokens = tokenizer.count_summary(self.given_instructions, self.encoding)
         self.new_message = None
         self.new_tokens = 0
         if proto.HasField("new_message"):
             self.new_message = proto.new_message
             _check_message(proto.new_message, turn_pb2.ROLE_USER, f"{field}.new_message", "INVALID_CONTEXT")
-            self.new_tokens = tokenizer.count_message(proto.new_message, self.encoding)
+            with _naming(f"{field}.new_message"):
+                self.new_tokens = tokenizer.count_message(proto.new_message, self.encoding)
         inputs = b"" if self.given_instructions is None else b"\x01" + self.given_instructions.encode()
         if self.new_message is not None:
             inputs += b"\x02" + self.new_message.SerializeToString(deterministic=True)
@@ -276,6 +285,8 @@ def _check_change(change: turn_pb2.StateChange, field: str) -> None:
             raise Unimplemented(
                 "NOT_SERVED_YET", "Facts of a user are not served by this release.", fields=[(f"{where}.scope", "")]
             )
+        if pin.scope not in turn_pb2.PinScope.values():
+            raise invalid("INVALID_STATE_CHANGE", f"{where}.scope", f"{pin.scope} is no scope")
         if pin.key in seen:
             raise invalid("INVALID_STATE_CHANGE", f"{where}.key", f"{pin.key!r} is pinned twice")
         seen.add(pin.key)
@@ -283,10 +294,10 @@ def _check_change(change: turn_pb2.StateChange, field: str) -> None:
         raise invalid("INVALID_STATE_CHANGE", f"{field}.pins", f"over the limit of {PINS_MAX}")
 
 
-def _counts(turn: turn_pb2.TurnInput, field: str) -> dict[int, int]:
+def _counts(turn: turn_pb2.TurnInput, prefix: str) -> dict[int, int]:
     supplied: dict[int, int] = {}
     for index, count in enumerate(turn.supplied_tokens):
-        where = f"{field}.supplied_tokens[{index}].encoding"
+        where = f"{prefix}supplied_tokens[{index}].encoding"
         if count.encoding not in SLOTS:
             raise invalid("INVALID_TURN", where, f"{count.encoding} is no encoding")
         if count.encoding in supplied:
@@ -296,31 +307,36 @@ def _counts(turn: turn_pb2.TurnInput, field: str) -> dict[int, int]:
 
 
 def prepare_turn(
-    turn: turn_pb2.TurnInput, hash_key: bytes, tokenizer: Tokenizer, bytes_max: int, field: str
+    turn: turn_pb2.TurnInput, hash_key: bytes, tokenizer: Tokenizer, bytes_max: int, field: str, body_field: str = ""
 ) -> PreparedTurn:
-    """A turn with everything done that needs no lock. Raises Invalid, naming `field` and what is below it."""
-    check_turn_id(turn.turn_id, f"{field}.turn_id")
+    """A turn with everything done that needs no lock. Raises Invalid, naming `field` and what is below it.
+
+    field: empty where the request is the turn itself; body_field then names its body.
+    """
+    prefix = f"{field}." if field else ""
+    check_turn_id(turn.turn_id, f"{prefix}turn_id")
     which = turn.WhichOneof("body")
     if which is None:
         raise invalid("EMPTY_TURN", field, "no body is set: message, summary, state, milestone or rewind")
+    where = body_field or f"{prefix}{which}"
     size = turn.ByteSize()
     if size > bytes_max:
         what = f"{size} bytes, over the limit of {bytes_max}"
-        raise invalid("TURN_TOO_LARGE", field, what, turn_id=turn.turn_id, limit_bytes=str(bytes_max))
+        raise invalid("TURN_TOO_LARGE", field or where, what, turn_id=turn.turn_id, limit_bytes=str(bytes_max))
     kind = _KINDS[which]
     role, status = turn.role, turn.status
-    where = f"{field}.{which}"
     prepared = PreparedTurn(turn.turn_id, kind, role, 0, b"", b"", (0, 0, 0), (0, 0, 0))
-    supplied = _counts(turn, field)
+    prepared.id_field, prepared.body_field = f"{prefix}turn_id", where
+    supplied = _counts(turn, prefix)
     if kind == KIND_MESSAGE:
         if role not in turn_pb2.Role.values() or not role:
-            raise invalid("INVALID_TURN", f"{field}.role", "a message needs a role")
+            raise invalid("INVALID_TURN", f"{prefix}role", "a message needs a role")
         if status not in turn_pb2.TurnStatus.values() or (status and role not in _ROLES_WITH_STATUS):
-            raise invalid("INVALID_TURN", f"{field}.status", "only an assistant turn has a status")
+            raise invalid("INVALID_TURN", f"{prefix}status", "only an assistant turn has a status")
         _check_message(turn.message, role, where)
         prepared.status = (status or turn_pb2.TURN_STATUS_COMPLETE) if role in _ROLES_WITH_STATUS else 0
     elif role or status:
-        raise invalid("INVALID_TURN", f"{field}.role", f"a {which} has no role and no status")
+        raise invalid("INVALID_TURN", f"{prefix}role", f"a {which} has no role and no status")
     elif kind == KIND_SUMMARY:
         covered = turn.summary.covered
         if not turn.summary.text:
@@ -342,7 +358,7 @@ def prepare_turn(
             raise invalid("INVALID_TURN", f"{where}.label", f"1 to {MILESTONE_BYTES_MAX} bytes are needed")
     else:
         prepared.rewind_to = turn.rewind.to_seq
-    _check_meta(turn.meta, f"{field}.meta")
+    _check_meta(turn.meta, f"{prefix}meta")
 
     body = turn_pb2.Turn(turn_id=turn.turn_id)
     part: ProtoMessage = getattr(turn, which)
@@ -356,7 +372,8 @@ def prepare_turn(
     prepared.digest = rules.body_digest(hash_key, kind, role, prepared.status, prepared.body)
     if kind == KIND_MESSAGE:
         prepared.events = tool_events(prepared.body)
-    _count_turn(prepared, turn, supplied, tokenizer)
+    with _naming(where):
+        _count_turn(prepared, turn, supplied, tokenizer)
     return prepared
 
 
@@ -378,6 +395,9 @@ def _count_turn(
         else:
             tokens[slot] = sum(counts[slot] for counts in pins.values())
         sources[slot] = turn_pb2.TOKEN_SOURCE_COUNTED
+    if max(tokens) > BUDGET_TOKENS_MAX:
+        what = f"{max(tokens)} tokens; no budget is above {BUDGET_TOKENS_MAX}"
+        raise invalid("INVALID_TURN", prepared.body_field, what, turn_id=prepared.turn_id)
     prepared.tokens = (tokens[0], tokens[1], tokens[2])
     prepared.sources = (sources[0], sources[1], sources[2])
     prepared.pins = pins

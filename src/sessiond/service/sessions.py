@@ -38,6 +38,7 @@ from sessiond.service.prepare import (
     check_user_id,
     invalid,
     policy_proto,
+    prepare_turn,
     prepare_turns,
 )
 from sessiond.tiers.cloud.bucket import Bucket, refusal
@@ -166,6 +167,10 @@ class Sessions:
         owner = manifest.owner
         if owner is None:
             return None
+        if owner[0] == self._parts.node.incarnation:
+            head = self._peek(manifest.h)
+            if head is not None and manifest.epoch in (head.epoch, head.claim[0] if head.claim else head.epoch):
+                return None  # a claim of our own on its way into the rows, or a release on its way out
         if owner[0] != self._parts.node.incarnation and owner[1] != self._parts.node.name:
             raise unavailable_owner(manifest)
         if int(manifest.policy.get("min_durability", 0)) == DURABILITY_CLOUD:
@@ -615,6 +620,8 @@ class Sessions:
         check_user_id(request.user_id)
         check_durability(request.durability)
         self._check_not_fenced()
+        if request.conflict_mode not in session_pb2.ConflictMode.values():
+            raise invalid("INVALID_CONTEXT", "conflict_mode", f"{request.conflict_mode} is no conflict mode")
         if request.writer_token:
             raise not_served("writer_token")
         turns = await self._counted(
@@ -628,7 +635,8 @@ class Sessions:
         expected = (request.expected.epoch, request.expected.seq) if request.HasField("expected") else None
         spec: Spec | None = None
         if request.HasField("context"):
-            # A context that can't be made must be refused before anything is appended.
+            # A context that can't be made must be refused before anything is appended; the session's policy decides.
+            await self._own(h, request.session_id, request.user_id)
             spec = await self._spec(request.context, self._policy(h))
             if spec.new_message is not None:
                 raise invalid("INVALID_CONTEXT", "context.new_message", "an append's new message is among its turns")
@@ -752,11 +760,11 @@ class Sessions:
         response.missing.extend(self._missing(head.loss))
 
     async def _conflict(self, h: bytes, after_seq: int) -> session_pb2.AppendTurnResponse:
-        frames, _, head = await self._read_turns(h, after_seq + 1, 0, CONFLICT_TAIL_BYTES_MAX, TURNS_PAGE_MAX)
+        frames, reached, head = await self._read_turns(h, after_seq + 1, 0, CONFLICT_TAIL_BYTES_MAX, TURNS_PAGE_MAX)
         conflict = session_pb2.AppendConflict.FromString(frames)
         state = states.decode(head.state)
         conflict.head.epoch, conflict.head.seq = state.epoch, head.head_seq
-        conflict.truncated = not conflict.turns or conflict.turns[-1].seq < head.head_seq
+        conflict.truncated = reached < head.head_seq
         return session_pb2.AppendTurnResponse(
             outcome=session_pb2.APPEND_OUTCOME_CONFLICT,
             conflict=conflict,
@@ -776,17 +784,18 @@ class Sessions:
         turn = turn_pb2.TurnInput(turn_id=request.turn_id, state=request.change)
         prepared = await self._counted(
             turn.ByteSize(),
-            prepare_turns,
-            [turn],
+            prepare_turn,
+            turn,
             self._parts.bucket.hash_key,
             self._parts.tokenizer,
             self._parts.turn_bytes_max,
+            "",
             "change",
         )
         etag = parse_etag(request.etag) if request.etag else None
         # A session that turns to CLOUD only, or away from it, is so in both tiers before anybody hears of it.
-        durability = DURABILITY_CLOUD if prepared[0].policy is not None else request.durability
-        done = await self._append(call, h, request.session_id, request.user_id, prepared, None, etag)
+        durability = DURABILITY_CLOUD if prepared.policy is not None else request.durability
+        done = await self._append(call, h, request.session_id, request.user_id, [prepared], None, etag)
         await self._reach(call, h, done, durability)
         return session_pb2.UpdateSessionResponse(
             session=await self._describe(call, h, request.session_id, request.user_id),
@@ -971,7 +980,7 @@ def page_size(asked: int, default: int, limit: int) -> int:
 def parse_etag(etag: str) -> tuple[int, int]:
     """(epoch, seq) of a state's etag. Raises Invalid."""
     epoch, dash, seq = etag.partition("-")
-    if not dash or not epoch.isdigit() or not seq.isdigit() or len(etag) > 40:
+    if not dash or not (epoch + seq).isascii() or not epoch.isdigit() or not seq.isdigit() or len(etag) > 40:
         raise invalid("INVALID_STATE_CHANGE", "etag", f"{etag!r} is no etag of a state")
     return int(epoch), int(seq)
 

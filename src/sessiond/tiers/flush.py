@@ -198,8 +198,18 @@ class Flusher:
 
         Raises Unavailable, Denied, Corrupt HISTORY_DIVERGED; the session stays dirty then.
         """
-        if release:
-            self._mark_releasing(h)
+        if not release:
+            return self._flush(h, False)
+        self._move(h, PHASE_OWNED, PHASE_RELEASING)
+        try:
+            return self._flush(h, True)
+        except SessiondError as error:
+            # While nobody knows whether the release landed, the row keeps appends out; otherwise it did not.
+            if error.reason not in ("COMMIT_UNKNOWN", "EPOCH_FENCED"):
+                self._move(h, PHASE_RELEASING, PHASE_OWNED)
+            raise
+
+    def _flush(self, h: bytes, release: bool) -> Flushed:
         sealed: list[list[Any]] = []
         for _ in range(SEAL_ROUNDS_MAX):
             cut = self._look(h, sealed, release)
@@ -218,11 +228,13 @@ class Flusher:
         self._settle(h, cut.manifest, etag, cut.head.changes, release)
         return Flushed(cut.manifest.head, True, release)
 
-    def _mark_releasing(self, h: bytes) -> None:
+    def _move(self, h: bytes, before: int, after: int) -> None:
+        """Move a session from one phase to another, if it is in the first."""
+
         def operation(transaction: Transaction) -> None:
             head = log.read_head(transaction, h)
-            if head is not None and head.phase == PHASE_OWNED:
-                head.phase = PHASE_RELEASING
+            if head is not None and head.phase == before:
+                head.phase = after
                 log.write_head(transaction, h, head, self._clock_ms())
 
         self._hot.run_blocking(operation)
@@ -260,8 +272,8 @@ class Flusher:
         state = states.decode(head.state)
         kept: list[int] = []
         pieces: list[bytes] = []
-        for place in (state.instructions, state.summary):
-            if place is None or place[0] >= inline_first or place[0] in kept:
+        for place in (state.instructions, *state.summary):
+            if place is None or place[0] >= inline_first:
                 continue
             header, buffer = log.frame_at(transaction, h, place[0])
             frame = bytes(buffer[header.offset : header.end])
@@ -381,7 +393,7 @@ class Flusher:
                 )
             # A crash came between the store's answer and our row: take the answer now, then flush the rest.
             self._settle(h, theirs, found.etag, cut.head.changes_flushed, theirs.owner is None)
-            return self.flush(h, release)
+            return self._flush(h, release)
         if theirs.epoch > head.epoch:
             self._fence(h)
             raise Unavailable(

@@ -40,6 +40,7 @@ from sessiond.tiers.hot.rows import (
     encode_head,
     head_from_manifest,
     user_key,
+    wrap,
 )
 
 # Same bytes are sent again this often before an outcome is reported unknown.
@@ -393,7 +394,7 @@ class Claims:
             transaction.put("manifests", h, encode_committed(h, manifest))
             log.write_head(transaction, h, head, manifest.written_ms)
             user = self._bucket.user_hash(manifest.tenant, manifest.user)
-            transaction.put("users", user_key(user, head.created_ms, h), manifest.session.encode())
+            transaction.put("users", user_key(user, head.created_ms, h), wrap(h, "users", manifest.session.encode()))
 
         self._hot.run_blocking(operation, weight_bytes=len(manifest.payload))
 

@@ -159,6 +159,14 @@ class Server:
                 self._count(name, error)
                 await self._abort(context, error)
                 raise AssertionError from error
+            except asyncio.CancelledError:
+                self._calls.add(name, "CANCELLED", "")
+                raise
+            except Exception as error:
+                refusal = self._internal(name, error)
+                self._count(name, refusal)
+                await self._abort(context, refusal)
+                raise AssertionError from error
             self._calls.add(name, "OK", "")
 
         return call

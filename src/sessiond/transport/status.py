@@ -12,8 +12,11 @@ from sessiond.errors import REASONS, SessiondError
 
 DOMAIN: Final = "sessiond"
 DETAILS_KEY: Final = "grpc-status-details-bin"
-# Trailers hold about 8 KiB in all; what a caller sent must not push the details out.
-_TEXT_MAX = 1024
+# Trailers hold about 8 KiB in all, and the message twice: percent-encoded, where a byte can take three, and in the
+# details, where three bytes take four. What a caller sent must not push the details out, nor the remedy.
+_MESSAGE_BYTES_MAX: Final = 512
+_VALUE_BYTES_MAX: Final = 256
+_VALUES_BYTES_MAX: Final = 2048
 
 
 def status_code(error: SessiondError) -> grpc.StatusCode:
@@ -23,15 +26,22 @@ def status_code(error: SessiondError) -> grpc.StatusCode:
 
 def status_proto(error: SessiondError) -> status_pb2.Status:
     """The whole refusal: code, sentence with remedy, ErrorInfo, and BadRequest or RetryInfo where they help."""
-    metadata = {key: value[:_TEXT_MAX] for key, value in list(error.metadata.items())[:16]}
-    info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata)
-    info.metadata["remedy"] = error.remedy
+    info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata={"remedy": error.remedy})
     details = [info]
+    room = _VALUES_BYTES_MAX
     if error.fields:
         bad = error_details_pb2.BadRequest()
-        for field, description in error.fields[:16]:
-            bad.field_violations.add(field=field[:_TEXT_MAX], description=description[:_TEXT_MAX])
+        for field, description in error.fields:
+            room -= bad.field_violations.add(field=_cut(field), description=_cut(description)).ByteSize()
+            if room < 0:
+                break
         details.append(bad)
+    for key, value in error.metadata.items():
+        shown = _cut(value)
+        room -= len(key.encode()) + len(shown.encode())
+        if room < 0:
+            break
+        info.metadata[key] = shown
     if error.retry_after_ms:
         delay = duration_pb2.Duration()
         delay.FromMilliseconds(error.retry_after_ms)
@@ -42,4 +52,10 @@ def status_proto(error: SessiondError) -> status_pb2.Status:
         item.Pack(detail)
         packed.append(item)
     code = status_code(error).value[0]
-    return status_pb2.Status(code=code, message=str(error)[: 2 * _TEXT_MAX], details=packed)
+    message = f"{_cut(error.message, _MESSAGE_BYTES_MAX)} {error.remedy}".strip()
+    return status_pb2.Status(code=code, message=message, details=packed)
+
+
+def _cut(text: str, bytes_max: int = _VALUE_BYTES_MAX) -> str:
+    raw = text.encode(errors="replace")
+    return (raw if len(raw) <= bytes_max else raw[: bytes_max - 3] + "…".encode()).decode(errors="ignore")

@@ -80,12 +80,12 @@ class RecallSpec(_message.Message):
     def __init__(self, budget_tokens: _Optional[int] = ..., across_sessions: _Optional[bool] = ..., embedding: _Optional[bytes] = ..., query: _Optional[str] = ...) -> None: ...
 
 class ActiveContext(_message.Message):
-    __slots__ = ("turns", "instructions", "given_instructions", "pins", "summary", "recalled", "new_message", "tokens", "encoding", "strategy", "checkpoint", "context_etag", "not_modified", "delta", "window", "receipt", "state")
+    __slots__ = ("turns", "instructions", "given_instructions", "pins", "summaries", "recalled", "new_message", "tokens", "encoding", "strategy", "checkpoint", "context_etag", "not_modified", "delta", "window", "receipt", "state")
     TURNS_FIELD_NUMBER: _ClassVar[int]
     INSTRUCTIONS_FIELD_NUMBER: _ClassVar[int]
     GIVEN_INSTRUCTIONS_FIELD_NUMBER: _ClassVar[int]
     PINS_FIELD_NUMBER: _ClassVar[int]
-    SUMMARY_FIELD_NUMBER: _ClassVar[int]
+    SUMMARIES_FIELD_NUMBER: _ClassVar[int]
     RECALLED_FIELD_NUMBER: _ClassVar[int]
     NEW_MESSAGE_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -102,7 +102,7 @@ class ActiveContext(_message.Message):
     instructions: _turn_pb2.Turn
     given_instructions: str
     pins: _containers.RepeatedCompositeFieldContainer[_turn_pb2.PinnedFact]
-    summary: _turn_pb2.Turn
+    summaries: _containers.RepeatedCompositeFieldContainer[_turn_pb2.Turn]
     recalled: RecalledBlock
     new_message: _turn_pb2.Message
     tokens: ContextTokens
@@ -115,7 +115,7 @@ class ActiveContext(_message.Message):
     window: _turn_pb2.SeqRange
     receipt: Receipt
     state: SessionState
-    def __init__(self, turns: _Optional[_Iterable[_Union[_turn_pb2.Turn, _Mapping]]] = ..., instructions: _Optional[_Union[_turn_pb2.Turn, _Mapping]] = ..., given_instructions: _Optional[str] = ..., pins: _Optional[_Iterable[_Union[_turn_pb2.PinnedFact, _Mapping]]] = ..., summary: _Optional[_Union[_turn_pb2.Turn, _Mapping]] = ..., recalled: _Optional[_Union[RecalledBlock, _Mapping]] = ..., new_message: _Optional[_Union[_turn_pb2.Message, _Mapping]] = ..., tokens: _Optional[_Union[ContextTokens, _Mapping]] = ..., encoding: _Optional[_Union[_turn_pb2.Encoding, str]] = ..., strategy: _Optional[_Union[_turn_pb2.Strategy, str]] = ..., checkpoint: _Optional[_Union[CheckpointHeader, _Mapping]] = ..., context_etag: _Optional[str] = ..., not_modified: _Optional[bool] = ..., delta: _Optional[bool] = ..., window: _Optional[_Union[_turn_pb2.SeqRange, _Mapping]] = ..., receipt: _Optional[_Union[Receipt, _Mapping]] = ..., state: _Optional[_Union[SessionState, _Mapping]] = ...) -> None: ...
+    def __init__(self, turns: _Optional[_Iterable[_Union[_turn_pb2.Turn, _Mapping]]] = ..., instructions: _Optional[_Union[_turn_pb2.Turn, _Mapping]] = ..., given_instructions: _Optional[str] = ..., pins: _Optional[_Iterable[_Union[_turn_pb2.PinnedFact, _Mapping]]] = ..., summaries: _Optional[_Iterable[_Union[_turn_pb2.Turn, _Mapping]]] = ..., recalled: _Optional[_Union[RecalledBlock, _Mapping]] = ..., new_message: _Optional[_Union[_turn_pb2.Message, _Mapping]] = ..., tokens: _Optional[_Union[ContextTokens, _Mapping]] = ..., encoding: _Optional[_Union[_turn_pb2.Encoding, str]] = ..., strategy: _Optional[_Union[_turn_pb2.Strategy, str]] = ..., checkpoint: _Optional[_Union[CheckpointHeader, _Mapping]] = ..., context_etag: _Optional[str] = ..., not_modified: _Optional[bool] = ..., delta: _Optional[bool] = ..., window: _Optional[_Union[_turn_pb2.SeqRange, _Mapping]] = ..., receipt: _Optional[_Union[Receipt, _Mapping]] = ..., state: _Optional[_Union[SessionState, _Mapping]] = ...) -> None: ...
 
 class RecalledBlock(_message.Message):
     __slots__ = ("text", "items")

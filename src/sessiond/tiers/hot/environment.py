@@ -5,7 +5,9 @@ trace. It never holds a read transaction across a wait, and never assumes that t
 
 Tables (keys are bytes; h is a session's 16-byte hash; integers in keys are big-endian so that they sort):
 
-    meta         name                       -> value, see META_*
+    meta         format                     -> version of these tables (4)
+                 incarnation                -> 16 random bytes: what owns sessions
+                 store                      -> 16 bytes: the bucket that this hot tier belongs to
     heads        h                          -> Head row
     turns        h, first seq (8)           -> whole frames, at most ROW_BYTES_MAX unless one frame is larger
     ids          h, chunk (4)               -> 24-byte entries as in the manifest's turn_ids, 64 seqs a chunk
@@ -14,7 +16,8 @@ Tables (keys are bytes; h is a session's 16-byte hash; integers in keys are big-
     users        user key (16), ms (8), h   -> session id: the sessions of a user by age
     dirty        h                          -> when the session got turns that the cloud tier lacks, ms (8)
 
-Every value but turns (whose frames carry their own), meta and dirty starts with CRC32C(h, table name, rest) in 4 bytes.
+Every value starts with CRC32C(h, table name, rest) in 4 bytes, but turns, whose frames carry their own; dirty, which
+only says when to look; format and store, which are compared as a whole. Incarnation is checked with an empty h.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ from typing import Any, Final, TypeVar, cast
 import lmdb
 
 from sessiond.errors import Corrupt, Denied, Exhausted, Invalid, SessiondError, Unavailable
+from sessiond.tiers.hot.rows import unwrap, wrap
 
 FORMAT_VERSION: Final = 1
 META_FORMAT: Final = b"format"
@@ -149,13 +153,8 @@ class Environment:
             version = transaction.get("meta", META_FORMAT)
             if version is None:
                 transaction.put("meta", META_FORMAT, FORMAT_VERSION.to_bytes(4, "big"))
-                transaction.put("meta", META_INCARNATION, os.urandom(16))
-            elif int.from_bytes(version, "big") > FORMAT_VERSION:
-                raise newer_format(self.path, int.from_bytes(version, "big"))
-            incarnation = transaction.get("meta", META_INCARNATION)
-            if incarnation is None or len(incarnation) != 16:
-                raise Corrupt("CORRUPT_HOT_ROW", f"The hot tier in {self.path} has no incarnation.")
-            return bytes(incarnation)
+                transaction.put("meta", META_INCARNATION, wrap(b"", "meta", os.urandom(16)))
+            return _incarnation(transaction, self.path)
 
     def bind_store(self, store_id: bytes) -> None:
         """Tie this hot tier to its bucket at first use. Raises Invalid WRONG_STORE if it is tied to another."""
@@ -314,12 +313,12 @@ class Reader:
             self._tables = {name: self._env.open_db(name.encode(), create=False) for name in TABLES}
         except (OSError, lmdb.Error) as error:
             raise _open_error(path, error) from error
-        with self.read() as transaction:
-            version = int.from_bytes(transaction.get("meta", META_FORMAT) or b"", "big")
-            self.incarnation = bytes(transaction.get("meta", META_INCARNATION) or b"")
-        if version > FORMAT_VERSION:
+        try:
+            with self.read() as transaction:
+                self.incarnation = _incarnation(transaction, path)
+        except BaseException:
             self._env.close()
-            raise newer_format(path, version)
+            raise
 
     @contextmanager
     def read(self) -> Iterator[Transaction]:
@@ -335,13 +334,16 @@ class Reader:
         self._env.close()
 
 
-def newer_format(path: Path, version: int) -> Corrupt:
-    """The refusal of an environment that a newer release wrote."""
-    return Corrupt(
-        "NEWER_FORMAT",
-        f"The hot tier in {path} has format {version}; this release reads {FORMAT_VERSION}.",
-        {"path": str(path)},
-    )
+def _incarnation(transaction: Transaction, path: Path) -> bytes:
+    """Whose the environment is, once its format is known. Raises Corrupt NEWER_FORMAT or CORRUPT_HOT_ROW."""
+    version = int.from_bytes(transaction.get("meta", META_FORMAT) or b"", "big")
+    if version > FORMAT_VERSION:
+        what = f"The hot tier in {path} has format {version}; this release reads {FORMAT_VERSION}."
+        raise Corrupt("NEWER_FORMAT", what, {"path": str(path)})
+    incarnation = unwrap(b"", "meta", transaction.get("meta", META_INCARNATION) or b"")
+    if version != FORMAT_VERSION or len(incarnation) != 16:
+        raise Corrupt("CORRUPT_HOT_ROW", f"The hot tier in {path} has no identity.", {"path": str(path)})
+    return incarnation
 
 
 def _settle(group: list[_Work]) -> None:

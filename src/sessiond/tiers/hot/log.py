@@ -29,7 +29,7 @@ from sessiond.core.layout import (
     Header,
 )
 from sessiond.core.manifest import CHECKPOINTS_MAX, LIFECYCLE_ACTIVE, TURN_ID_ENTRY_BYTES, TURN_IDS_MAX
-from sessiond.errors import Conflict, Corrupt, Denied, Exhausted, Invalid, NotFound, Unavailable
+from sessiond.errors import Conflict, Corrupt, Denied, Exhausted, Invalid, NotFound, SessiondError, Unavailable
 from sessiond.tiers.hot.environment import Transaction
 from sessiond.tiers.hot.rows import (
     IDS_PER_CHUNK,
@@ -46,6 +46,11 @@ from sessiond.tiers.hot.rows import (
 _U64_MAX: Final = (1 << 64) - 1
 _CHUNKS_KEPT: Final = TURN_IDS_MAX // IDS_PER_CHUNK + 1
 PINS_BUDGET_TOKENS: Final = 1000
+# Of a session's whole state, which is in its head row, in every checkpoint and in the manifest.
+METADATA_PAIRS_MAX: Final = 64
+METADATA_BYTES_MAX: Final = 16 * 1024
+FLAGS_MAX: Final = 64
+PINS_MAX: Final = 64
 
 
 class HistoryNeeded(Exception):
@@ -63,6 +68,7 @@ class PreparedTurn:
 
     body: fields 20 to 26 as received. events: its tool calls and results. tokens, sources: one per encoding slot.
     pins: {key: tokens per slot} of a state change. summary: (first, last, chain) that it covers. policy: if changed.
+    id_field, body_field: where the request names its turn_id and its body, for refusals.
     """
 
     turn_id: str
@@ -79,6 +85,8 @@ class PreparedTurn:
     summary: tuple[int, int, bytes] | None = None
     rewind_to: int | None = None
     policy: dict[str, Any] | None = None
+    id_field: str = "turns.turn_id"
+    body_field: str = "turns"
 
 
 @dataclass(slots=True)
@@ -308,20 +316,14 @@ def append(
 
 
 def _duplicate(transaction: Transaction, h: bytes, turn: PreparedTurn, seq: int, digest_start: bytes) -> Placed:
-    if digest_start != turn.digest[:8]:
+    # The dedupe row knows the digest's start: enough to refuse without the turn, which may not be hot.
+    header = frame_at(transaction, h, seq)[0] if digest_start == turn.digest[:8] else None
+    if header is None or header.digest != turn.digest:
         raise Conflict(
             "TURN_ID_REUSED",
             f"The turn_id {turn.turn_id!r} was used for turn {seq} with other content.",
             {"turn_id": turn.turn_id, "seq": str(seq)},
-            [("turns.turn_id", f"used for turn {seq} with other content")],
-        )
-    header, _ = frame_at(transaction, h, seq)
-    if header.digest != turn.digest:
-        raise Conflict(
-            "TURN_ID_REUSED",
-            f"The turn_id {turn.turn_id!r} was used for turn {seq} with other content.",
-            {"turn_id": turn.turn_id, "seq": str(seq)},
-            [("turns.turn_id", f"used for turn {seq} with other content")],
+            [(turn.id_field, f"used for turn {seq} with other content")],
         )
     return Placed(turn.turn_id, header.epoch, seq, header.time_ms, header.tokens, True)
 
@@ -356,19 +358,25 @@ class _Sealed:
         seq = places[1] + 1
         derived = b""
         if turn.kind == KIND_MESSAGE:
-            flags = rules.message_flags(places, turn.role, turn.status, turn.events)
+            try:
+                flags = rules.message_flags(places, turn.role, turn.status, turn.events)
+            except SessiondError as refused:
+                refused.metadata["turn_id"] = turn.turn_id
+                refused.fields = [(f"{turn.body_field}.parts", refused.message)]
+                raise
         else:
             applies = turn.summary is not None and rules.summary_applies(
                 places, turn.summary[0], turn.summary[1], self._chain_at(turn.summary[1]), turn.summary[2]
             )
             flags = rules.other_flags(turn.kind, applies)
             if turn.kind == KIND_REWIND:
-                derived = self._restored(turn.rewind_to or 0)
+                derived = self._restored(turn)
             elif turn.kind == KIND_STATE and turn.pins:
                 derived = msgpack.packb(turn.pins, use_bin_type=True)
                 self._check_pins(turn)
             elif turn.kind == KIND_SUMMARY and turn.summary is None:
-                raise Invalid("INVALID_TURN", "The summary does not say what it covers.")
+                what = "The summary does not say what it covers."
+                raise Invalid("INVALID_TURN", what, fields=[(f"{turn.body_field}.covered", what)])
         body = turn.body
         if derived:
             body += _length_delimited(BODY_DERIVED, derived)
@@ -396,6 +404,8 @@ class _Sealed:
         )
         self.state = core.replay(self.h, self.state, frame)
         self.places = states.decode_places(self.state)
+        if turn.kind == KIND_STATE:
+            self._check_state(turn)
         self.frames.append(frame)
         self.placed.append(Placed(turn.turn_id, self.head.epoch, seq, self.time_ms, turn.tokens, False))
         if flags & FLAG_BOUNDARY:
@@ -412,14 +422,14 @@ class _Sealed:
             return frame[CHAIN_OFFSET : CHAIN_OFFSET + DIGEST_BYTES]
         return frame_at(self.transaction, self.h, seq)[0].chain
 
-    def _restored(self, to_seq: int) -> bytes:
-        places = self.places
+    def _restored(self, turn: PreparedTurn) -> bytes:
+        places, to_seq = self.places, turn.rewind_to or 0
         if to_seq > places[1] or any(low <= to_seq <= high for low, high in places[20]):
             raise Invalid(
                 "INVALID_REWIND",
                 f"Turn {to_seq} is not in force: the head is turn {places[1]}.",
                 {"to_seq": str(to_seq), "head_seq": str(places[1])},
-                [("turns.rewind.to_seq", "not a turn that is in force")],
+                [(f"{turn.body_field}.to_seq", "not a turn that is in force")],
             )
         if to_seq > self.head.head_seq:
             base = self.head.state
@@ -438,8 +448,23 @@ class _Sealed:
                 "PINS_FULL",
                 f"The pinned facts would take {total} tokens; the limit is {limit}.",
                 {"tokens": str(total), "limit": str(limit)},
-                [("change.pins", f"{total} tokens in all, over the limit of {limit}")],
+                [(f"{turn.body_field}.pins", f"{total} tokens in all, over the limit of {limit}")],
             )
+
+    def _check_state(self, turn: PreparedTurn) -> None:
+        """One change is bounded when it is prepared; many of them must not add up to more."""
+        pins, flags, metadata = self.places[12], self.places[13], self.places[15]
+        size = sum(len(key.encode()) + len(value.encode()) for key, value in metadata.items())
+        for name, found, limit in (
+            ("pins", len(pins), PINS_MAX),
+            ("flags", len(flags), FLAGS_MAX),
+            ("metadata", len(metadata), METADATA_PAIRS_MAX),
+            ("metadata bytes", size, METADATA_BYTES_MAX),
+        ):
+            if found > limit:
+                what = f"the session would have {found} {name}; the limit is {limit}"
+                field = f"{turn.body_field}.{name.split()[0]}"
+                raise Invalid("INVALID_STATE_CHANGE", f"{field}: {what}.", {"field": field}, [(field, what)])
 
     def write(self, hashes: Sequence[bytes], turns: Sequence[PreparedTurn]) -> None:
         """Put everything into the transaction: rows, ids, checkpoints, head."""

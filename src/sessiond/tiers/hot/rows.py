@@ -103,8 +103,10 @@ def encode_committed(h: bytes, manifest: Manifest) -> bytes:
     return wrap(h, "manifests", packed)
 
 
-def decode_committed(h: bytes, value: bytes | memoryview) -> Manifest:
-    """The manifest as last committed. Raises Corrupt."""
+def decode_committed(h: bytes, value: bytes | memoryview | None) -> Manifest:
+    """The manifest as last committed. Raises Corrupt, also where the row is missing."""
+    if value is None:
+        raise Corrupt("CORRUPT_HOT_ROW", f"Session {h.hex()} has a head row and no manifest row.")
     meta = msgpack.unpackb(unwrap(h, "manifests", value), raw=False, strict_map_key=True)
     return decode_meta(meta, b"", h.hex())
 
