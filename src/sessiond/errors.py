@@ -117,7 +117,7 @@ REASONS: dict[str, Reason] = {
     "BUDGET_TOO_SMALL": Reason(
         Invalid, "INVALID_ARGUMENT", "Raise budget_tokens to at least the named minimum, or reserve less."
     ),
-    "INVALID_CONTEXT": Reason(Invalid, "INVALID_ARGUMENT", "Correct the named field of the context."),
+    "INVALID_CONTEXT": Reason(Invalid, "INVALID_ARGUMENT", "Correct the named field."),
     "INVALID_PAGE_TOKEN": Reason(
         Invalid, "INVALID_ARGUMENT", "Start again without a page token; tokens belong to one session and one query."
     ),
@@ -176,12 +176,6 @@ REASONS: dict[str, Reason] = {
         Unavailable, "UNAVAILABLE", "The node is not serving yet; try again, or use another node.", 500
     ),
     "NODE_DRAINING": Reason(Unavailable, "UNAVAILABLE", "The node is draining; send the call to another node.", 1000),
-    "PREDECESSOR_UNCERTAIN": Reason(
-        Unavailable,
-        "UNAVAILABLE",
-        "The session's last owner may still be alive; it is taken over once its lease stood still long enough.",
-        2000,
-    ),
     "OVERLOADED": Reason(Exhausted, "RESOURCE_EXHAUSTED", "Too many calls at once; back off and try again.", 200),
     "HOT_TIER_FULL": Reason(
         Exhausted, "RESOURCE_EXHAUSTED", "Raise map_size_bytes or drain the node; resumes go on meanwhile.", 5000
