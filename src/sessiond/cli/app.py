@@ -8,8 +8,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-import traceback
-from typing import Any, Final
+from typing import Final
 
 import click
 
@@ -84,7 +83,7 @@ def main(argv: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return exits.BROKEN_PIPE
     except Exception as error:
-        return exits.tell(_defect(error), as_json)
+        return exits.tell(exits.defect(error), as_json)
 
 
 def _usage(error: click.ClickException, as_json: bool) -> int:
@@ -100,12 +99,3 @@ def _usage(error: click.ClickException, as_json: bool) -> int:
     else:
         error.show()
     return exits.USAGE
-
-
-def _defect(error: Exception) -> SessiondError:
-    if os.environ.get("SESSIOND_DEBUG", "0") not in ("", "0"):
-        traceback.print_exception(error)
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f" at {os.path.basename(frames[-1].filename)}:{frames[-1].lineno}" if frames else ""
-    details: dict[str, Any] = {"remedy": "This is a defect of sessiond; report it with SESSIOND_DEBUG=1's output."}
-    return errors.Corrupt("INTERNAL", f"{type(error).__name__}: {error}{place}.", **details)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import traceback
 from typing import Any, Final
 
 from sessiond import errors
@@ -69,7 +71,7 @@ def json_of(error: SessiondError) -> dict[str, Any]:
     """The error as JSON has it."""
     return {
         "reason": error.reason,
-        "kind": type(error).__name__,
+        "kind": next((kind.__name__ for kind in _KINDS if isinstance(error, kind)), type(error).__name__),
         "message": error.message,
         "remedy": error.remedy,
         "fields": [{"field": name, "description": what} for name, what in error.fields],
@@ -86,3 +88,13 @@ def tell(error: SessiondError, as_json: bool) -> int:
     else:
         print(f"sessiond: {line_of(error)}", file=sys.stderr, flush=True)
     return code_of(error)
+
+
+def defect(error: Exception) -> SessiondError:
+    """An error that nobody foresaw, as one that can be told; its traceback only where SESSIOND_DEBUG asks for it."""
+    if os.environ.get("SESSIOND_DEBUG", "0") not in ("", "0"):
+        traceback.print_exception(error)
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" at {os.path.basename(frames[-1].filename)}:{frames[-1].lineno}" if frames else ""
+    remedy = "This is a defect of sessiond; run it again with SESSIOND_DEBUG=1 and report what it prints."
+    return errors.Corrupt("INTERNAL", f"{type(error).__name__}: {error}{place}.", remedy=remedy)
