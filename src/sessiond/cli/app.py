@@ -66,7 +66,11 @@ def main(argv: list[str]) -> int:
     # Before the parser has read it: a wrong option must be told in JSON as well.
     as_json = "--json" in argv
     try:
-        code = group.main(args=argv, prog_name="sessiond", standalone_mode=False)
+        if "_SESSIOND_COMPLETE" in os.environ:
+            group.main(args=argv, prog_name="sessiond")
+        # Not group.main, which would make a plain 1 of a broken pipe.
+        with group.make_context("sessiond", list(argv)) as context:
+            code = group.invoke(context)
         sys.stdout.flush()
         return code if isinstance(code, int) else exits.OK
     except SessiondError as error:

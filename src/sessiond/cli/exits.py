@@ -62,8 +62,12 @@ def code_of(error: SessiondError) -> int:
 
 def line_of(error: SessiondError) -> str:
     """The error in one line: reason, what happened, which field, what to do."""
-    fields = "; ".join(f"{name}: {what}" if name else what for name, what in error.fields)
-    where = f" [{fields}]" if fields else ""
+    told = []
+    for name, what in error.fields:
+        # The message often says it already.
+        new = [text for text in (name, what) if text and text.rstrip(".") not in error.message]
+        told += [": ".join(new)] if new else []
+    where = f" [{'; '.join(told)}]" if told else ""
     return " ".join(f"{error.reason}: {error.message}{where} {error.remedy}".split())
 
 

@@ -449,8 +449,14 @@ def to_turn(message: Any, turn_id: str, place: str, at: int) -> turn_pb2.TurnInp
 
 def _of_message(error: Invalid, item: Item) -> Invalid:
     """A refusal of the daemon, with the place of the message in the file instead of in the request."""
-    error.message = f"{item.place}: messages[{item.at}]: {error.message}"
-    error.fields = [(name.replace("turns[0]", f"messages[{item.at}]"), what) for name, what in error.fields]
+    here = f"messages[{item.at}]"
+
+    def placed(text: str) -> str:
+        return text.replace("turns[0].message", here).replace("turns[0]", here)
+
+    message = placed(error.message)
+    error.message = f"{item.place}: {message if here in message else f'{here}: {message}'}"
+    error.fields = [(placed(name), placed(what)) for name, what in error.fields]
     error.metadata = {**error.metadata, "place": item.place, "message": str(item.at)}
     return error
 
