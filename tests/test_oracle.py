@@ -189,6 +189,7 @@ def test_what_is_fixed_takes_its_part_of_the_budget() -> None:
         "summary_tokens": 0, "summary_seqs": [], "new_tokens": 6, "tail_tokens": 40, "total_tokens": 62,
         "transcript_tokens": 40,
     }  # fmt: skip
+    assert window(turns, 61, strategy="FULL", new_message={"parts": [HELLO, HELLO]}) == (4, 30)
     given = turns.window(3 + 5 + 4 + 40, strategy="FULL", instructions="hello")
     assert (given["instructions_tokens"], given["start_seq"], given["total_tokens"]) == (5, 3, 52)
     assert window(turns, 3 + 5 + 4 + 39, strategy="FULL", instructions="hello") == (4, 30)
@@ -379,6 +380,8 @@ def test_turns_of_a_reply_become_the_same_log() -> None:
         turn.chain = str(seq).encode()
     whole = oracle.from_turn_protos(turns, {"born": "yes"})
     assert [oracle.turn_tokens(turn) for turn in whole.turns] == [7, 77, 5, 11, 5, 0, 0, 99, 0]
+    assert whole.turns[5]["mode"] == ""
+    assert oracle.turn_from_proto(turn_pb2.Turn(state=turn_pb2.StateChange()))["mode"] is None
     assert whole.checkpoint() == {
         "replay_cursor": 9, "instructions_seq": 0, "summary_seqs": [5], "summarised": (1, 2), "tail_first_seq": 3,
         "pins": {"p": "1"}, "flags": {"a": True}, "mode": "", "metadata": {"k": "v"}, "milestone": "m",
