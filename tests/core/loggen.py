@@ -321,7 +321,8 @@ def random_actions(seed: int, turns: int, text_bytes: int = 400) -> Iterable[Act
         elif dice < 0.08:
             yield Summarise(rng.randrange(4), rng.randint(0, 20), counts())
         elif dice < 0.12:
-            pins = tuple((rng.choice("pqrs"), "a fact", counts()) for _ in range(rng.randint(0, 2)))
+            # What these pins count by the counting rule: 2 + T(key) + T(value).
+            pins = tuple((rng.choice("pqrs"), "a fact", (5, 5, 0)) for _ in range(rng.randint(0, 2)))
             metadata = ((rng.choice("mn"), str(dice)),)
             yield Change(((rng.choice("fg"), rng.random() < 0.6),), rng.choice((None, "", "deep")), metadata, (), pins)
         elif dice < 0.14:

@@ -70,8 +70,12 @@ class ColdSource:
         self._fetched: list[tuple[int, int, bytes]] = []
 
     def add(self, first_seq: int, last_seq: int, frames: bytes) -> None:
-        """Frames of a segment."""
-        self._fetched.append((first_seq, last_seq, frames))
+        """Frames of a segment, without those that the manifest repeats."""
+        end = len(frames)
+        if last_seq >= self._manifest.inline_first:
+            headers = core.scan_frames(self._manifest.h, frames)
+            end = next(header.offset for header in headers if header.seq >= self._manifest.inline_first)
+        self._fetched.append((first_seq, last_seq, frames[:end]))
 
     def row_for(self, seq: int) -> Any:
         """As Source says."""
