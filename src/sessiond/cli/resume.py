@@ -56,7 +56,7 @@ def command(
     server: str | None,
     timeout: float,
 ) -> None:
-    """Show what a model would be sent for SESSION, most stable part first, and the receipt: whence, and what is missing.
+    """Show what a model would be sent for SESSION, most stable part first, and the receipt with what is missing.
 
     Exit code 0 also where turns are missing: the receipt says so.
     """
@@ -95,12 +95,12 @@ def _show(context: Context) -> None:
     rows: list[tuple[object, ...]] = []
     if proto.given_instructions:
         rows.append(("-", "given instructions", proto.tokens.instructions, output.start_of(proto.given_instructions)))
-    for name in ("instructions", "summary"):
-        if proto.HasField(name):
-            rows.append(_row(getattr(proto, name), slot, name))
+    if proto.HasField("instructions"):
+        rows.append(_row(proto.instructions, slot, "instructions"))
     if proto.pins:
         pins = ", ".join(f"{pin.key}={pin.value}" for pin in proto.pins)
-        rows.insert(1 if rows else 0, ("-", "pins", proto.tokens.pins, output.start_of(pins)))
+        rows.append(("-", "pins", proto.tokens.pins, output.start_of(pins)))
+    rows += [_row(turn, slot, "summary") for turn in proto.summaries]
     rows += [_row(turn, slot, "") for turn in proto.turns]
     if proto.recalled.text:
         rows.append(("-", "recalled", proto.tokens.recalled, output.start_of(proto.recalled.text)))
