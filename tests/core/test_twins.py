@@ -134,6 +134,35 @@ def test_twins_agree_on_windows(log: Log, data: st.DataObject) -> None:
 
 
 @thorough
+@given(small_logs(max_turns=12), st.data())
+def test_twins_agree_on_windows_over_forged_links(log: Log, data: st.DataObject) -> None:
+    """Links to anywhere, flags and counts of any kind, each under a checksum that is right."""
+    frames = list(log.frames)
+    for index in data.draw(st.lists(st.integers(0, max(0, log.seq - 1)), max_size=4)) if frames else []:
+        changes: dict[str, Any] = {"flags": data.draw(st.integers(0, 15))}
+        if data.draw(st.booleans()):
+            changes["prev_live_seq"] = data.draw(st.integers(0, log.seq + 1))
+        if data.draw(st.booleans()):
+            changes["cumulative"] = data.draw(st.sampled_from(((0, 0, 0), (9, 9, 9), (2**64 - 1,) * 3)))
+        if data.draw(st.booleans()):
+            changes["kind"] = data.draw(st.integers(1, 5))
+        frames[index] = resealed(frames[index], **changes)
+    mode, tail = data.draw(st.integers(1, 4)), data.draw(st.integers(0, 200))
+    last = data.draw(st.sampled_from((log.places[5], log.seq)))
+    agree_or_corrupt("fit_window", HASH, split(data, frames), 0, last, log.places[9], mode, 2, tail, tail, 20, 0)
+    agree_or_corrupt("row_live", b"".join(frames), last, 0)
+
+
+def test_a_link_to_itself_or_forward_is_corrupt() -> None:
+    log = Log.of([Say(ROLE_USER, (("text", "hi"),), (1, 1, 0))] * 3)
+    for link in (3, 4, 2**64 - 1):
+        rows = [*log.frames[:2], resealed(log.frames[2], prev_live_seq=link)]
+        result = agree("fit_window", HASH, rows, 0, 3, 3, 1, 0, 9, 9, 0, 0)
+        assert "a link points forward" in result[2]
+        assert "a link points forward" in agree("row_live", b"".join(rows), 3, 0)[2]
+
+
+@thorough
 @given(st.data())
 def test_twins_agree_on_sealing(data: st.DataObject) -> None:
     big = st.one_of(st.integers(0, 5), st.sampled_from((2**32 - 1, 2**32, 2**64 - 1, 2**64, -1, True)))
