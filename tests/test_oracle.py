@@ -342,6 +342,18 @@ def test_a_summary_takes_effect_only_where_it_extends_or_replaces(
     assert (found["summarised"], found["summary_seqs"]) == (summarised, summary_seqs)
 
 
+def test_summaries_in_effect_are_all_counted_and_at_most_32() -> None:
+    two = log(*exchanges(4), summary(1, 2, tokens=7), summary(3, 4, tokens=5))
+    moved = two.window(70)
+    assert (moved["summary_seqs"], moved["summary_tokens"]) == ([9, 10], 12)
+    assert moved["total_tokens"] == 3 + 12 + moved["tail_tokens"]
+
+    many = log(*exchanges(20), *[summary(last, last) for last in range(1, 34)])
+    assert many.checkpoint()["summarised"] == (1, 32)
+    afresh = log(*exchanges(20), *[summary(last, last) for last in range(1, 33)], summary(1, 33))
+    assert (afresh.checkpoint()["summarised"], afresh.checkpoint()["summary_seqs"]) == ((1, 33), [73])
+
+
 # --- from a reply
 
 
