@@ -276,3 +276,34 @@ def test_create_is_idempotent_and_a_mismatched_user_sees_nothing() -> None:
         minted = wire.create("").session.session_id
         assert len(minted) == 36
         wire.close()
+
+
+def test_sessions_are_listed_by_user_and_a_listing_without_the_cloud_tier_says_that_it_is_incomplete() -> None:
+    with running_daemon() as daemon:
+        wire = Wire(daemon.address)
+        for index in range(7):
+            wire.create(f"a{index}", user_id="ann", created_at_unix_ms=1000 + index)
+        wire.create("b", user_id="bob")
+
+        def listed(**fields: object) -> list[session_pb2.ListSessionsResponse]:
+            pages, token = [], ""
+            while True:
+                request = session_pb2.ListSessionsRequest(page_size=3, page_token=token, **fields)
+                pages.append(wire.sessions.ListSessions(request))
+                token = pages[-1].next_page_token
+                if not token:
+                    return pages
+
+        def ids(pages: list[session_pb2.ListSessionsResponse]) -> list[str]:
+            return [session.session_id for page in pages for session in page.sessions]
+
+        assert ids(listed(user_id="ann")) == [f"a{index}" for index in range(7)]
+        assert ids(listed(user_id="nobody")) == []
+        assert sorted(ids(listed())) == [*(f"a{index}" for index in range(7)), "b"]
+        assert not any(page.incomplete for page in listed())
+        cloud = daemon.data_dir / "cloud"
+        cloud.rename(daemon.data_dir / "elsewhere")
+        assert ids(listed(user_id="ann")) == [f"a{index}" for index in range(7)]
+        assert all(page.incomplete for page in listed(user_id="ann"))
+        (daemon.data_dir / "elsewhere").rename(cloud)
+        wire.close()

@@ -383,7 +383,10 @@ class Sessions:
             except StoreError as error:
                 raise refusal(error) from error
 
-        keys = await self._off_loop(page)
+        try:
+            keys = await self._off_loop(page)
+        except Unavailable:
+            return self._list_hot(call, user, size, query, request.page_token and start_after)
         hashes = [bytes.fromhex(key.rsplit("-", 1)[1]) for key in keys]
         found = await asyncio.gather(*(self._listed(h, user) for h in hashes))
         response = session_pb2.ListSessionsResponse()
@@ -394,6 +397,33 @@ class Sessions:
                 response.unreadable.append(item)
         if len(keys) == size:
             response.next_page_token = seal_page(self._parts.bucket.hash_key, query, [keys[-1].removeprefix(prefix)])
+        return response
+
+    def _list_hot(
+        self, call: Call, user: str | None, size: int, query: bytes, start_after: str
+    ) -> session_pb2.ListSessionsResponse:
+        """The sessions that this node owns: all that can be said while the index in the cloud tier can't be read."""
+        bucket = self._parts.bucket
+        prefix = bucket.tenant_hash(call.tenant) + (bucket.user_hash(call.tenant, user) if user is not None else b"")
+        # Both indexes are in the same order, so that a listing may change from one to the other between two pages.
+        start = b"" if not start_after else _users_key(start_after) + b"\0"
+        response = session_pb2.ListSessionsResponse(incomplete=True)
+        last = ""
+        with self._hot.read() as transaction:
+            for key, _ in transaction.scan("users", prefix, start):
+                h = key[-16:]
+                head = log.read_head(transaction, h)
+                if head is None or head.phase != PHASE_OWNED:
+                    continue
+                if len(response.sessions) == size:
+                    response.next_page_token = seal_page(bucket.hash_key, query, [last])
+                    break
+                last = bucket.user_index_key(head.tenant, head.user, head.created_ms, h).removeprefix(
+                    bucket.user_prefix(call.tenant, user)
+                )
+                manifest = decode_committed(h, transaction.get("manifests", h))
+                state, missing = states.decode(head.state), self._missing(head.loss)
+                response.sessions.append(self._session_proto(head.session, head.user, manifest, state, head, missing))
         return response
 
     async def _listed(self, h: bytes, user: str | None) -> session_pb2.Session | session_pb2.UnreadableSession | None:
@@ -915,6 +945,13 @@ class Sessions:
                 header=header, content=content, state=contexts.state_proto(state), pins=contexts.pin_protos(state)
             )
         return response
+
+
+def _users_key(index_key: str) -> bytes:
+    """The hot tier's key of a row of the index by user, as bucket.user_index_key names it."""
+    _, tenant, user, rest = index_key.split("/")
+    created, h = rest.split("-")
+    return bytes.fromhex(tenant) + bytes.fromhex(user) + int(created, 16).to_bytes(8, "big") + bytes.fromhex(h)
 
 
 def core_digest(content: bytes) -> bytes:

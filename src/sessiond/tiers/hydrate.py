@@ -393,8 +393,10 @@ class Claims:
             )
             transaction.put("manifests", h, encode_committed(h, manifest))
             log.write_head(transaction, h, head, manifest.written_ms)
+            tenant = self._bucket.tenant_hash(manifest.tenant)
             user = self._bucket.user_hash(manifest.tenant, manifest.user)
-            transaction.put("users", user_key(user, head.created_ms, h), wrap(h, "users", manifest.session.encode()))
+            key = user_key(tenant, user, head.created_ms, h)
+            transaction.put("users", key, wrap(h, "users", manifest.session.encode()))
 
         self._hot.run_blocking(operation, weight_bytes=len(manifest.payload))
 

@@ -140,14 +140,16 @@ class ListSessionsRequest(_message.Message):
     def __init__(self, user_id: _Optional[str] = ..., page_size: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
 
 class ListSessionsResponse(_message.Message):
-    __slots__ = ("sessions", "next_page_token", "unreadable")
+    __slots__ = ("sessions", "next_page_token", "unreadable", "incomplete")
     SESSIONS_FIELD_NUMBER: _ClassVar[int]
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
     UNREADABLE_FIELD_NUMBER: _ClassVar[int]
+    INCOMPLETE_FIELD_NUMBER: _ClassVar[int]
     sessions: _containers.RepeatedCompositeFieldContainer[Session]
     next_page_token: str
     unreadable: _containers.RepeatedCompositeFieldContainer[UnreadableSession]
-    def __init__(self, sessions: _Optional[_Iterable[_Union[Session, _Mapping]]] = ..., next_page_token: _Optional[str] = ..., unreadable: _Optional[_Iterable[_Union[UnreadableSession, _Mapping]]] = ...) -> None: ...
+    incomplete: bool
+    def __init__(self, sessions: _Optional[_Iterable[_Union[Session, _Mapping]]] = ..., next_page_token: _Optional[str] = ..., unreadable: _Optional[_Iterable[_Union[UnreadableSession, _Mapping]]] = ..., incomplete: _Optional[bool] = ...) -> None: ...
 
 class UnreadableSession(_message.Message):
     __slots__ = ("session_id", "reason")

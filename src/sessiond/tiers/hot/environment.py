@@ -13,7 +13,8 @@ Tables (keys are bytes; h is a session's 16-byte hash; integers in keys are big-
     ids          h, chunk (4)               -> 24-byte entries as in the manifest's turn_ids, 64 seqs a chunk
     checkpoints  h, version (8)             -> state bytes, the newest five
     manifests    h                          -> the manifest as last committed, without payload, state and turn ids
-    users        user key (16), ms (8), h   -> session id: the sessions of a user by age
+    users        tenant (16), user (16),
+                 created ms (8), h          -> session id: the sessions of a user by age
     dirty        h                          -> when the session got turns that the cloud tier lacks, ms (8)
 
 Every value starts with CRC32C(h, table name, rest) in 4 bytes, but turns, whose frames carry their own; dirty, which

@@ -147,6 +147,6 @@ def chunk_key(h: bytes, chunk: int) -> bytes:
     return h + chunk.to_bytes(4, "big")
 
 
-def user_key(user_hash: bytes, created_ms: int, h: bytes) -> bytes:
-    """Key in users."""
-    return user_hash + created_ms.to_bytes(8, "big") + h
+def user_key(tenant_hash: bytes, user_hash: bytes, created_ms: int, h: bytes) -> bytes:
+    """Key in users: the sessions of a tenant, by user, then by age."""
+    return tenant_hash + user_hash + created_ms.to_bytes(8, "big") + h
