@@ -327,9 +327,18 @@ def test_the_temp_of_a_living_process_is_left_alone(root: Path):
     assert temps(root) == []
 
 
-@pytest.mark.parametrize("settle", [lambda root: FolderStore(root), lambda root: None], ids=["at opening", "at a put"])
+def open_again(store: FolderStore) -> None:
+    FolderStore(Path(store.url.removeprefix("file://")))
+
+
+def create_in_vain(store: FolderStore) -> None:
+    with pytest.raises(PreconditionLost):
+        store.put("m/1", b"mine", if_absent=True)
+
+
+@pytest.mark.parametrize("settle", [open_again, create_in_vain])
 def test_a_rename_whose_writer_was_killed_is_put_on_disk_by_whoever_comes_next(
-    root: Path, fsynced: list[str], settle: Callable[[Path], object]
+    root: Path, fsynced: list[str], settle: Callable[[FolderStore], None]
 ):
     store = FolderStore(root)
     store.put("m/2", b"two")
@@ -337,9 +346,7 @@ def test_a_rename_whose_writer_was_killed_is_put_on_disk_by_whoever_comes_next(
     assert notes(root) == ["m"]
     assert store.get("m/1").body == b"renamed"
     fsynced.clear()
-    settle(root)
-    with pytest.raises(PreconditionLost):
-        store.put("m/1", b"mine", if_absent=True)
+    settle(store)
     assert fsynced.count(f"{root}/m") == 1
     assert notes(root) == []
 
@@ -598,6 +605,16 @@ def test_a_listing_leaves_out_what_is_not_an_object(root: Path):
     (root / "lost+found" / "x").write_bytes(b"")
     (root / "m" / "a b").write_bytes(b"")
     assert [row.key for row in store.list("")] == ["m/1"]
+
+
+def test_a_listing_leaves_out_what_is_deleted_while_it_is_read(root: Path):
+    store = FolderStore(root)
+    for key in ("m/1", "m/2", "m/3"):
+        store.put(key, b"")
+    rows = store.list("m/")
+    assert next(rows).key == "m/1"
+    store.delete("m/2")
+    assert [row.key for row in rows] == ["m/3"]
 
 
 # Opening

@@ -26,6 +26,7 @@ from sessiond.tiers.cloud.store import (
     PreconditionLost,
     Stored,
     StoreDenied,
+    StoreError,
     StoreUnavailable,
 )
 from tests.seaweed import Seaweed
@@ -240,10 +241,10 @@ def test_paging_gives_each_key_once_even_where_a_folder_and_a_file_share_a_begin
 
 
 def test_of_threads_that_write_at_once_exactly_one_wins(store: ObjectStore):
-    threads = 6
+    threads = 4
     with ThreadPoolExecutor(threads) as pool:
         etag: str | None = None
-        for turn in range(4):
+        for turn in range(3):
             start = threading.Barrier(threads)
 
             def attempt(
@@ -381,41 +382,43 @@ def test_an_old_request_that_ends_late_does_not_hide_that_the_store_is_back():
 
 
 class Memory(ObjectStore):
-    """A store in memory whose conditions hold as far as its flags say; `conditional` counts conditional puts."""
+    """A store in memory that does wrong, from its nth conditional put on, what the test tells it to."""
 
     url = "memory:"
 
-    def __init__(self) -> None:
+    def __init__(self, fault: str = "", from_conditional: int = 0) -> None:
+        self.fault = fault
+        self.from_conditional = from_conditional
+        self.conditional = 0
+        self.answer: Callable[[bool], object] = lambda conditional: None
         self.objects: dict[str, tuple[bytes, str]] = {}
         self.lock = threading.Lock()
         self.versions = itertools.count(1)
-        self.keeps_if_absent = True
-        self.keeps_if_match = True
-        self.guards_the_missing = True
-        self.answers_conditions: Callable[[], object] = lambda: None
-        self.spoils = False
-        self.conditional = 0
+
+    def has(self, fault: str) -> bool:
+        return self.fault == fault and self.conditional >= self.from_conditional
 
     def get(self, key: str, first_byte: int | None = None, last_byte: int | None = None) -> Stored:
         with self.lock:
             if key not in self.objects:
                 raise ObjectNotFound(key, "")
             body, etag = self.objects[key]
-            return Stored(body[:-1] if self.spoils else body, etag)
+            return Stored(body[:-1] if self.has("damages") else body, "x" if self.has("mistakes etags") else etag)
 
     def put(self, key: str, body: bytes, *, if_absent: bool = False, if_match: str | None = None) -> str:
         with self.lock:
-            if if_absent or if_match is not None:
-                self.conditional += 1
-                self.answers_conditions()
+            self.conditional += if_absent or if_match is not None
+            self.answer(if_absent or if_match is not None)
             found = self.objects.get(key)
-            if if_absent and found and self.keeps_if_absent:
-                raise PreconditionLost(key, "exists")
-            if if_match is not None and not found and self.guards_the_missing:
-                raise PreconditionLost(key, "missing")
-            if if_match is not None and found and found[1] != if_match and self.keeps_if_match:
-                raise PreconditionLost(key, "changed")
-            self.objects[key] = body, str(next(self.versions))
+            lost = (
+                (if_absent and found and not self.has("ignores If-None-Match"))
+                or (if_match is not None and not found and not self.has("matches the missing"))
+                or (if_match is not None and found and found[1] != if_match and not self.has("ignores If-Match"))
+            )
+            if not lost or self.has("writes what it refuses"):
+                self.objects[key] = body, str(next(self.versions))
+            if lost:
+                raise (StoreDenied if self.has("refuses losers") else PreconditionLost)(key, "4xx")
             return self.objects[key][1]
 
     def delete(self, key: str) -> None:
@@ -429,21 +432,34 @@ class Memory(ObjectStore):
         pass
 
 
+def refusing(error: StoreError) -> Callable[[bool], object]:
+    """Answer every conditional write with this."""
+
+    def answer(conditional: bool) -> None:
+        if conditional:
+            raise error
+
+    return answer
+
+
+# The probe makes 8 conditional writes, 8 more, and then three that must be lost.
 @pytest.mark.parametrize(
-    ("flag", "value", "seen"),
+    ("fault", "from_conditional", "seen"),
     [
-        ("keeps_if_absent", False, "8 won, 0 lost"),
-        ("keeps_if_match", False, "8 won, 0 lost"),
-        ("guards_the_missing", False, "a deleted object was accepted"),
-        ("spoils", True, "999 bytes were read back"),
-        ("answers_conditions", raising(PreconditionLost("", "412")), "0 won, 8 lost"),
-        ("answers_conditions", raising(StoreDenied("", "400 NotImplemented")), "8 refused (400 NotImplemented)"),
-        ("answers_conditions", raising(Ambiguous("", "501 NotImplemented")), "8 unclear, 0 refused (501 NotImpl"),
+        ("ignores If-None-Match", 0, "8 won, 0 lost, 0 unclear, 0 refused; exactly one must win"),
+        ("ignores If-Match", 9, "8 won, 0 lost, 0 unclear, 0 refused; exactly one must win"),
+        ("ignores If-Match", 17, "a write with If-Match with a stale etag was accepted"),
+        ("ignores If-None-Match", 18, "a write with If-None-Match: * on what exists was accepted"),
+        ("matches the missing", 0, "a write with If-Match on a deleted object was accepted"),
+        ("refuses losers", 0, "1 won, 0 lost, 0 unclear, 7 refused (4xx); exactly one must win"),
+        ("writes what it refuses", 0, "1 won, 7 lost, 0 unclear, 0 refused, but what was read back is not what"),
+        ("writes what it refuses", 17, "a write that was refused changed the object"),
+        ("damages", 0, "999 bytes were read back"),
+        ("mistakes etags", 0, "the put returned the etag 1 and the get x"),
     ],
 )
-def test_an_unfit_store_is_refused_with_what_was_seen(flag: str, value: object, seen: str):
-    memory = Memory()
-    setattr(memory, flag, value)
+def test_an_unfit_store_is_refused_with_what_was_seen(fault: str, from_conditional: int, seen: str):
+    memory = Memory(fault, from_conditional)
     with pytest.raises(errors.Invalid) as refused:
         probe(memory, attempts_concurrent=8)
     assert refused.value.reason == "STORE_UNFIT"
@@ -451,38 +467,51 @@ def test_an_unfit_store_is_refused_with_what_was_seen(flag: str, value: object, 
     assert memory.objects == {}
 
 
-def test_a_store_that_lets_stale_writes_in_only_when_nobody_races_is_refused():
+@pytest.mark.parametrize(
+    ("error", "seen"),
+    [
+        (PreconditionLost("", "412"), "0 won, 8 lost, 0 unclear, 0 refused; exactly one must win"),
+        (StoreDenied("", "400 NotSupported"), "8 refused (400 NotSupported); exactly one must win"),
+        (Ambiguous("", "501 NotImplemented"), "8 unclear, 0 refused (501 NotImplemented), 3 times in a row"),
+    ],
+)
+def test_a_store_that_lets_nobody_win_is_refused(error: StoreError, seen: str):
     memory = Memory()
-
-    def stop_comparing() -> None:
-        memory.keeps_if_match = memory.conditional <= 16
-
-    memory.answers_conditions = stop_comparing
-    with pytest.raises(errors.Invalid, match="stale etag was accepted"):
+    memory.answer = refusing(error)
+    with pytest.raises(errors.Invalid) as refused:
         probe(memory, attempts_concurrent=8)
+    assert refused.value.reason == "STORE_UNFIT"
+    assert seen in refused.value.message
+    assert memory.objects == {}
 
 
 def test_the_probe_forgives_409s_as_long_as_one_wins():
     memory = Memory()
 
-    def conflict() -> None:
-        # All of the first race, then all but one of each.
-        if memory.conditional <= 8 or memory.conditional in range(9, 16) or memory.conditional in range(17, 24):
+    def conflict(conditional: bool) -> None:
+        # All of the first race, then all but the last of each.
+        if conditional and (memory.conditional <= 8 or (memory.conditional <= 24 and memory.conditional % 8)):
             raise Ambiguous("", "409 ConditionalRequestConflict")
 
-    memory.answers_conditions = conflict
+    memory.answer = conflict
     probe(memory, attempts_concurrent=8)
+    assert memory.conditional == 24 + 3
     assert memory.objects == {}
 
 
-def test_a_store_that_is_down_is_not_called_unfit():
+def test_a_store_that_goes_down_is_not_called_unfit():
     memory = Memory()
 
-    def go_down() -> None:
-        memory.put = lambda *_, **__: raising(StoreUnavailable("probe/x", "refused"))()
-        raise Ambiguous("probe/x", "500")
+    def go_down(conditional: bool) -> None:
+        if conditional:
+            raise Ambiguous("", "500")
+        if memory.conditional:
+            raise StoreUnavailable("", "refused")
 
-    memory.answers_conditions = go_down
+    memory.answer = go_down
+    with pytest.raises(StoreUnavailable):
+        probe(memory)
+    memory.answer = refusing(StoreUnavailable("", "refused"))
     with pytest.raises(StoreUnavailable):
         probe(memory)
 

@@ -239,8 +239,6 @@ def _explain_reply(kind: str, key: str, error: ClientError, if_match: bool) -> S
         headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
         where = headers.get("x-amz-bucket-region", "another one")
         return StoreDenied(key, f"wrong region, the bucket is in {where}: {detail}")
-    if status in (401, 403) or code in ("ExpiredToken", "InvalidToken", "TokenRefreshRequired"):
-        return StoreDenied(key, detail)
     if status == 412 and kind == "put":
         return PreconditionLost(key, detail)
     if status == 404:
@@ -254,5 +252,5 @@ def _explain_reply(kind: str, key: str, error: ClientError, if_match: bool) -> S
         return StoreUnavailable(key, detail)
     if status >= 500 or status in _RESEND_STATUS or code in _RESEND_CODES or status < 400:
         return unclear(key, detail, retry_after_ms)
-    # Any other 4xx refuses the request as such: sending it again changes nothing.
+    # Credentials (401, 403, and 400 ExpiredToken), policy, or the request as such: sending it again changes nothing.
     return StoreDenied(key, detail)
