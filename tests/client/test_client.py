@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -853,6 +854,26 @@ def test_a_call_ends_at_its_deadline_and_says_what_it_had_heard(kind: Any, scrip
             client.append("s", user("x"))
         assert late.value.reason == "NODE_STARTING"
         assert time.monotonic() - started < 6
+
+
+# docs/clients.md -------------------------------------------------------------------------------------------------
+
+
+def test_the_examples_of_the_guide_run_one_after_the_other(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SESSIOND_SERVER", daemon.address)
+    guide = (Path(__file__).parents[2] / "docs" / "clients.md").read_text()
+    examples = re.findall(r"^```python\n(.*?)^```", guide, re.DOTALL | re.MULTILINE)
+    namespace: dict[str, Any] = {}
+    for example in examples:
+        exec(compile(example, "docs/clients.md", "exec"), namespace)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("HOT ")
+    assert "What is my name?" in said[1]
+    assert said[2].startswith("4 ")
+    assert said[3] == "[1, 2, 3, 4]"
+    assert said[4].startswith("SESSION_NOT_FOUND {'session_id': 'no-such-session'}")
 
 
 # sessiond.testing ------------------------------------------------------------------------------------------------
