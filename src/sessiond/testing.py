@@ -13,10 +13,10 @@ A pytest suite gets the fixture `sessiond_daemon` with `pytest_plugins = ["sessi
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -176,7 +176,7 @@ class Daemon:
         logged = self.log_path.stat().st_size if self.log_path.exists() else 0
         with self.log_path.open("ab") as log:
             process = subprocess.Popen(
-                _command(config),
+                [sys.executable, "-m", "sessiond", "serve", "--config", str(config)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -234,17 +234,6 @@ def running_daemon(
             yield daemon
         finally:
             daemon.stop()
-
-
-def _command(config: Path) -> list[str]:
-    spec = importlib.util.find_spec("sessiond.cli")
-    if spec is not None and spec.origin is not None:
-        return [sys.executable, "-m", "sessiond", "serve", "--config", str(config)]
-    program = (
-        "import sys; from sessiond import config, daemon; "
-        "sys.exit(0 if daemon.serve(config.load(sys.argv[1], {}, {})) else 1)"
-    )
-    return [sys.executable, "-c", program, str(config)]
 
 
 def _environment(added: Mapping[str, str]) -> dict[str, str]:
@@ -307,13 +296,9 @@ def _wait_until_ready(process: subprocess.Popen[bytes], address: str, hot_dir: P
 
 
 def _reason(log: str) -> str:
-    """The reason that a daemon gave for not starting."""
-    for line in reversed(log.splitlines()):
-        with contextlib.suppress(ValueError, AttributeError, TypeError):
-            reason = json.loads(line).get("reason")
-            if reason:
-                return str(reason)
-    return ""
+    """The reason that a daemon gave for not starting, as the command line tells it."""
+    told = re.findall(r"^sessiond: ([A-Z][A-Z0-9_]+): ", log, re.MULTILINE)
+    return str(told[-1]) if told else ""
 
 
 if "pytest" in sys.modules:

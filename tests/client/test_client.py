@@ -912,11 +912,17 @@ def test_a_daemon_keeps_data_and_address_over_every_way_to_stop(tmp_path: Path) 
 
 
 def test_a_daemon_that_can_not_start_says_why_and_leaves_nothing(daemon: Daemon) -> None:
-    for settings, reason in (({"port": daemon.port}, "PORT_IN_USE"), ({"cloud": "s4://x"}, "INVALID_CONFIG")):
-        with pytest.raises(StartFailed) as failed, running_daemon(**settings):  # type: ignore[arg-type]
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"port": daemon.port}, "PORT_IN_USE"),
+        ({"cloud": "s4://x"}, "INVALID_CONFIG"),
+        ({"map_size_bytes": 1}, "INVALID_CONFIG"),
+    ]
+    for settings, reason in cases:
+        with pytest.raises(StartFailed) as failed, running_daemon(**settings):
             pass
         assert failed.value.exit_code not in (None, 0)
-        assert reason in failed.value.log
+        assert failed.value.reason == reason
+        assert reason in str(failed.value)
     with Client(daemon.address) as client:
         assert client.get_status().hot.path == str(daemon.data_dir / "hot")
 
