@@ -108,6 +108,13 @@ def test_a_kill_with_the_loss_of_the_disk_is_partial_until_accepted() -> None:
         accepted = wire.resume("a", accept_missing=1)
         assert accepted.receipt.rung == HOT
         assert not accepted.receipt.missing
+        # Whoever had the lost turns acknowledged still hears of it, until they accept it as well.
+        assert wire.resume("a", highest_acked=turn_pb2.TurnPosition(epoch=1, seq=6)).receipt.rung == HOT
+        mourner = {"highest_acked": turn_pb2.TurnPosition(epoch=1, seq=8)}
+        late = wire.resume("a", **mourner).receipt
+        assert late.rung == PARTIAL
+        assert [(m.first_seq, m.last_seq, m.possible_only) for m in late.missing] == [(7, 8, False)]
+        assert wire.resume("a", **mourner, accept_missing=1).receipt.rung == HOT
         # Accepted stays accepted, over a restart and in both tiers.
         daemon.kill()
         daemon.restart()
@@ -271,6 +278,9 @@ def test_create_is_idempotent_and_a_mismatched_user_sees_nothing() -> None:
         assert wire.create("a", user_id="ann").created
         assert not wire.create("a", user_id="ann").created
         assert refusal(wire.create, "a", user_id="bob").reason == "SESSION_EXISTS"
+        # Creations that came second leave no second row in a listing.
+        rows = wire.sessions.ListSessions(session_pb2.ListSessionsRequest()).sessions
+        assert [session.session_id for session in rows] == ["a"]
         assert refusal(wire.resume, "a", user_id="bob").reason == "SESSION_NOT_FOUND"
         assert refusal(wire.resume, "b").reason == "SESSION_NOT_FOUND"
         minted = wire.create("").session.session_id

@@ -22,7 +22,8 @@ Meta keys (unknown ones are carried along in `extra` and written back):
     index            [name, first, last, rows] of the object that older rows were moved to, or nil
     kept kept_bytes  seqs of the kept frames, and their bytes in the payload
     inline_first     seq of the first inline frame; head + 1 if there is none
-    loss             rows [epoch, after_seq, reason]: turns acknowledged in that epoch above after_seq may be missing
+    loss             rows [epoch, after_seq, reason, accepted]: turns acknowledged in that epoch above after_seq may be
+                     missing; once accepted (1) only a caller who had such turns acknowledged is told
     lifecycle        1 active, 2 archived, 3 deleted
     expires_ms       0 for never
     written_ms       when it was written, by the writer's clock

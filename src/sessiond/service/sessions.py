@@ -176,7 +176,7 @@ class Sessions:
         if int(manifest.policy.get("min_durability", 0)) == DURABILITY_CLOUD:
             return None
         # The owner's hot tier is gone: this node holds the owner's name, and not its rows.
-        return [manifest.epoch, manifest.head, REASON_LOST]
+        return [manifest.epoch, manifest.head, REASON_LOST, 0]
 
     def _start_claim(self, h: bytes, cold: Cold, loss: list[int] | None) -> asyncio.Task[bool]:
         """Take the session; one claim at a time."""
@@ -388,7 +388,7 @@ class Sessions:
         except Unavailable:
             return self._list_hot(call, user, size, query, request.page_token and start_after)
         hashes = [bytes.fromhex(key.rsplit("-", 1)[1]) for key in keys]
-        found = await asyncio.gather(*(self._listed(h, user) for h in hashes))
+        found = await asyncio.gather(*(self._listed(key, h) for key, h in zip(keys, hashes, strict=True)))
         response = session_pb2.ListSessionsResponse()
         for item in found:
             if isinstance(item, session_pb2.Session):
@@ -426,12 +426,14 @@ class Sessions:
                 response.sessions.append(self._session_proto(head.session, head.user, manifest, state, head, missing))
         return response
 
-    async def _listed(self, h: bytes, user: str | None) -> session_pb2.Session | session_pb2.UnreadableSession | None:
+    async def _listed(self, key: str, h: bytes) -> session_pb2.Session | session_pb2.UnreadableSession | None:
         try:
             with self._hot.read() as transaction:
                 head = log.read_head(transaction, h)
                 if head is not None and head.phase == PHASE_OWNED:
                     manifest = decode_committed(h, transaction.get("manifests", h))
+                    if not self._is_indexed_by(key, manifest):
+                        return None
                     missing = self._missing(head.loss)
                     return self._session_proto(
                         head.session, head.user, manifest, states.decode(head.state), head, missing
@@ -440,11 +442,16 @@ class Sessions:
             # A row of the index without a manifest is a creation that was never acknowledged.
             if cold is None or cold.manifest.lifecycle == LIFECYCLE_DELETED:
                 return None
-            if user is not None and cold.manifest.user != user:
+            if not self._is_indexed_by(key, cold.manifest):
                 return None
             return self._cold_proto(cold.manifest)
         except Corrupt as error:
             return session_pb2.UnreadableSession(session_id="", reason=error.reason)
+
+    def _is_indexed_by(self, key: str, manifest: Manifest) -> bool:
+        """Whether a row of the index is the session's own, and not left by a creation that came second."""
+        created_ms = int(manifest.birth.get("created_ms", 0))
+        return key == self._parts.bucket.user_index_key(manifest.tenant, manifest.user, created_ms, manifest.h)
 
     # Resume ------------------------------------------------------------------------------------------------------
 
@@ -514,7 +521,8 @@ class Sessions:
                 reason=reason,  # type: ignore[arg-type]
                 possible_only=True,
             )
-            for epoch, after_seq, reason in loss
+            for epoch, after_seq, reason, accepted in loss
+            if not accepted
         ]
 
     def _standing(self, request: session_pb2.ResumeSessionRequest, head: Head, state: State) -> Standing:
@@ -535,11 +543,20 @@ class Sessions:
         """Fill in what is missing, from what was lost and from what the caller knows."""
         acked = request.highest_acked
         knows = request.HasField("highest_acked")
+        accepts = request.accept_missing if request.HasField("accept_missing") else -1
         for row in loss:
-            epoch, after_seq, _ = row
-            # This caller's acknowledged turns are all there: at or below what survived, or appended again since.
-            if knows and acked.epoch <= epoch and (acked.seq <= after_seq or acked.seq <= standing.head_seq):
-                continue
+            epoch, after_seq, reason, accepted = row
+            if knows and acked.epoch <= epoch:
+                if acked.seq <= after_seq:
+                    continue  # all that this caller had acknowledged survived
+                if not accepted and acked.seq <= standing.head_seq:
+                    continue  # it was appended again since
+                if accepted and accepts < epoch:
+                    # Others went on without these turns; whoever had them acknowledged must hear of it.
+                    lost = context_pb2.MissingRange(first_seq=after_seq + 1, last_seq=acked.seq, epoch=epoch)
+                    lost.reason = reason  # type: ignore[assignment]
+                    standing.missing.append(lost)
+                    continue
             standing.missing += self._missing([row])
         if knows and acked.seq > standing.head_seq:
             standing.stale = True
@@ -565,7 +582,7 @@ class Sessions:
             what = "it changes the session, which read_only rules out"
             raise invalid("INVALID_CONTEXT", "accept_missing", what)
         await self._own(h, request.session_id, request.user_id)
-        await self._drop_loss(h, lambda row: row[0] <= request.accept_missing)
+        await self._settle_loss(h, lambda row: row[0] <= request.accept_missing, accepted=True)
 
     async def _note_reached(self, h: bytes, request: session_pb2.ResumeSessionRequest) -> None:
         """A caller had turns acknowledged that were lost, and the log has reached them again: they were re-appended."""
@@ -573,17 +590,25 @@ class Sessions:
         head = self._peek(h)
         if head is None:
             return
-        if any(acked.epoch <= row[0] and row[1] < acked.seq <= head.head_seq for row in head.loss):
-            await self._drop_loss(h, lambda row: acked.epoch <= row[0] and row[1] < acked.seq <= head.head_seq)
 
-    async def _drop_loss(self, h: bytes, known: Callable[[list[int]], bool]) -> None:
+        def reached(row: list[int]) -> bool:
+            return acked.epoch <= row[0] and row[1] < acked.seq <= head.head_seq and not row[3]
+
+        if any(map(reached, head.loss)):
+            await self._settle_loss(h, reached, accepted=False)
+
+    async def _settle_loss(self, h: bytes, settled: Callable[[list[int]], bool], *, accepted: bool) -> None:
+        """Mark losses as accepted, or forget those that were made good."""
         now_ms = self._parts.clock_ms()
 
         def operation(transaction: Transaction) -> None:
             head = log.read_head(transaction, h)
             if head is None or head.phase != PHASE_OWNED:
                 return
-            kept = [row for row in head.loss if not known(row)]
+            if accepted:
+                kept = [[*row[:3], 1] if settled(row) else row for row in head.loss]
+            else:
+                kept = [row for row in head.loss if not settled(row)]
             if kept != head.loss:
                 head.loss = kept
                 head.changes += 1

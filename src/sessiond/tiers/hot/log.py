@@ -516,7 +516,8 @@ def append_ids(transaction: Transaction, h: bytes, first_seq: int, entries: Sequ
         known = b"" if value is None else unwrap(h, "ids", value)
         transaction.put("ids", key, wrap(h, "ids", known + b"".join(added)))
     newest = max(chunks)
-    if min(chunks) != newest or len(chunks[newest]) == 1 or (first_seq - 1) % IDS_PER_CHUNK == 0:
+    if newest * IDS_PER_CHUNK + 1 >= first_seq:
+        # A chunk was begun: only then can an old one have fallen behind the horizon.
         old = [key for key, _ in transaction.scan("ids", h) if int.from_bytes(key[16:], "big") < newest - _CHUNKS_KEPT]
         for key in old:
             transaction.delete("ids", key)
