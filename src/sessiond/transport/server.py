@@ -17,7 +17,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
-from sessiond.errors import Corrupt, SessiondError, Unavailable, Unimplemented
+from sessiond.errors import Corrupt, Exhausted, SessiondError, Unavailable, Unimplemented
 from sessiond.service.node import CallCounts, Node
 from sessiond.service.sessions import Call, Sessions
 from sessiond.transport.status import DETAILS_KEY, status_code, status_proto
@@ -54,6 +54,8 @@ class Server:
         self._clock_ms = clock_ms
         self._calls = calls
         self._request_bytes_max = request_bytes_max
+        self._calls_max = concurrent_calls_max
+        self._in_flight = 0
         self._health = HealthServicer()
         self._unary: dict[str, tuple[type[Message], Unary]] = {}
         self._node: Node | None = None
@@ -70,7 +72,8 @@ class Server:
                 ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
                 ("grpc.http2.max_ping_strikes", 5),
             ],
-            maximum_concurrent_rpcs=concurrent_calls_max,
+            # Twice our own limit and room for health: what is above ours must get as far as its details.
+            maximum_concurrent_rpcs=2 * concurrent_calls_max + 64,
         )
         for service in SERVICES:
             handlers = {
@@ -121,7 +124,10 @@ class Server:
 
     def _call(self, name: str) -> Any:
         async def call(raw: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
+            self._in_flight += 1
             try:
+                if self._in_flight > self._calls_max:
+                    raise Exhausted("OVERLOADED", f"{self._calls_max} calls are being answered.")
                 served = self._unary.get(name)
                 if served is None:
                     raise self._not_served(name)
@@ -140,6 +146,8 @@ class Server:
                 self._count(name, refusal)
                 await self._abort(context, refusal)
                 raise AssertionError from error
+            finally:
+                self._in_flight -= 1
             self._calls.add(name, "OK", "")
             return answer
 
