@@ -99,12 +99,13 @@ def missing_text(lost: context_pb2.MissingRange) -> str:
 
 def _listed(client: Client, user: str | None) -> tuple[list[str], list[session_pb2.UnreadableSession]]:
     """Ids ordered by creation time, then id; and what is listed but can't be read."""
-    found: list[tuple[int, str]] = []
+    # A set, for a session that is made while it is listed may be listed twice.
+    found: set[tuple[int, str]] = set()
     unreadable: list[session_pb2.UnreadableSession] = []
     token = ""
     while True:
         page = client.list_sessions_page(user, page_size=PAGE_SESSIONS, page_token=token)
-        found += [(session.created_at_unix_ms, session.session_id) for session in page.sessions]
+        found.update((session.created_at_unix_ms, session.session_id) for session in page.sessions)
         unreadable += page.unreadable
         token = page.next_page_token
         if not token:

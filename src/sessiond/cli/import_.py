@@ -21,7 +21,7 @@ import click
 
 from sessiond.cli import connect, exits, output
 from sessiond.cli.lines import Conversation, Malformed, Source, TurnIds, first_time_ms, session_id_of, session_metadata
-from sessiond.errors import Conflict, Exhausted, Invalid, SessiondError, Unavailable
+from sessiond.errors import Conflict, Exhausted, Invalid, NotFound, SessiondError, Unavailable
 from sessiond.v1 import context_pb2, session_pb2, turn_pb2
 
 if TYPE_CHECKING:
@@ -265,11 +265,11 @@ class Importer:
         ]
         if conversation.dropped:
             say(f"{place}: too large to keep, left out: {', '.join(conversation.dropped)}")
-        session = self._client.create_session(
+        session, is_new = self._session(
             session_id,
-            user_id=conversation.user or self._user,
-            metadata=session_metadata(conversation, session_id),
-            created_at_unix_ms=conversation.created_ms,
+            conversation.user or self._user,
+            session_metadata(conversation, session_id),
+            conversation.created_ms,
         )
         present = min(session.head.seq, len(items))
         if present:
@@ -285,14 +285,27 @@ class Importer:
             missing = self.append(session_id, batch, present)
             present += len(batch)
         if not items or items[-1].outcome == "unchanged":
-            self._tally.add("unchanged" if items or session.head.seq else "imported")
+            self._tally.add("unchanged" if items or not is_new else "imported")
         self.settle(session_id, missing, len(items))
+
+    def _session(
+        self, session_id: str, user: str, metadata: dict[str, str], created_ms: int
+    ) -> tuple[session_pb2.Session, bool]:
+        """The session, and whether it had to be made. Raises Conflict if it is another user's."""
+        try:
+            # Asked first: to make one that is there costs two writes of the cloud tier.
+            return self._client.get_session(session_id, user_id=user), False
+        except NotFound as error:
+            if error.reason != "SESSION_NOT_FOUND":
+                raise
+        made = self._client.create_session(session_id, user_id=user, metadata=metadata, created_at_unix_ms=created_ms)
+        return made, True
 
     # One session after the other ---------------------------------------------------------------------------------
 
     def run_into(self, session_id: str, lines: Iterable[Conversation | Malformed]) -> None:
         """Chain all lines into one session. Raises as the daemon does; a line that is refused ends it, and is told."""
-        session = self._client.create_session(session_id, user_id=self._user)
+        session, _ = self._session(session_id, self._user, {}, 0)
         chain = _Chain(self, session_id, session)
         for line in lines:
             self._tally.add("conversations")
