@@ -818,7 +818,7 @@ def test_only_what_says_that_waiting_helps_is_tried_again_and_not_before(kind: A
     gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
     assert gaps[0] >= 0.3
     assert gaps[1] >= 0.2
-    assert sum(gaps) < 2
+    assert sum(gaps) < 8
     # Byte for byte the same: the turn_id was minted once.
     assert len({request for _, request, _ in scripted.requests}) == 1
     assert all(metadata["x-session-id"] == "s" for _, _, metadata in scripted.requests)
@@ -830,11 +830,11 @@ def test_a_repeat_that_would_come_too_late_is_not_waited_for(kind: Any, scripted
         started = time.monotonic()
         with pytest.raises(Unavailable) as late:
             client.append("s", user("x"))
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 8
         assert (late.value.reason, late.value.retry_after_ms) == ("STORE_UNAVAILABLE", 60_000)
         with pytest.raises(Unavailable):
             client.within(100.0, 1.0).append("s", user("x"))
-        assert time.monotonic() - started < 4
+        assert time.monotonic() - started < 30
     assert len(scripted.requests) == 2
 
 
@@ -849,11 +849,11 @@ def test_a_call_ends_at_its_deadline_and_says_what_it_had_heard(kind: Any, scrip
         with pytest.raises(Unavailable, match="not known") as late:
             client.append("s", user("x"))
         assert late.value.reason == "DEADLINE_TOO_SHORT"
-        assert 0.4 < time.monotonic() - started < 3
+        assert 0.4 < time.monotonic() - started < 10
         with pytest.raises(Unavailable) as late:
             client.append("s", user("x"))
         assert late.value.reason == "NODE_STARTING"
-        assert time.monotonic() - started < 6
+        assert time.monotonic() - started < 20
 
 
 # docs/clients.md -------------------------------------------------------------------------------------------------
