@@ -150,7 +150,7 @@ class AsyncClient:
     flush = _unary(Calls.flush)
 
     async def drain(self, grace_ms: int = 0, *, shut_down: bool = False) -> AsyncIterator[admin_pb2.DrainResponse]:
-        """Have the node stop taking work, flush and release everything: progress, the last with `done`. Iterate to start.
+        """Have the node stop taking work, flush and release everything: progress, the last with `done`. Iterate it.
 
         grace_ms: the most to spend; 0 for the daemon's own. Raises SessiondError.
         """
