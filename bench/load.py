@@ -1,0 +1,213 @@
+"""A load generator in a process of its own, cheap enough to leave the server its core: HTTP/2 by hand, one thread.
+
+`python -m bench.load` reads one JSON object a line and answers each with one. It promises that every call it counts
+came back with a message and a whole end of stream; anything else ends it with an error. It never parses what came back:
+a grpcio client in Python takes as much CPU per call as the server, and on two cores would be what is measured. A run is
+
+    port, path, calls
+    bodies             hex of request messages; caller k sends bodies[k % len], so that each has a session of its own
+    counter_at         for each body, where 12 digits stand that every call makes new (a turn_id), or -1
+    first              the first such number
+    connections        callers are dealt out over so many connections
+    callers            calls that are under way at any time
+
+and its answer: calls, seconds, p50_s, p99_s, cpu_s of this process.
+"""
+
+from __future__ import annotations
+
+import json
+import selectors
+import socket
+import sys
+import time
+from collections import deque
+from typing import Any
+
+DIGITS = 12
+HOST = "127.0.0.1"
+IDLE_S_MAX = 60.0
+RECV_BYTES = 1 << 20
+WINDOW_MAX = (1 << 31) - 1
+GIVE_BACK_BYTES = 64 * 1024**2
+
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE = 0, 1, 3, 4, 6, 7, 8
+END_STREAM, END_HEADERS, ACK = 0x1, 0x4, 0x1
+
+
+def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+    """RFC 9113, section 4.1."""
+    return len(payload).to_bytes(3, "big") + bytes((kind, flags)) + stream.to_bytes(4, "big") + payload
+
+
+def headers(path: str, authority: str) -> bytes:
+    """Request headers as literals without indexing (RFC 7541, section 6.2.2), so that they're the same every time."""
+
+    def text(value: str) -> bytes:
+        raw = value.encode()
+        assert len(raw) < 127
+        return bytes((len(raw),)) + raw
+
+    return (
+        b"\x83\x86\x04"
+        + text(path)
+        + b"\x01"
+        + text(authority)
+        + b"\x0f\x10"
+        + text("application/grpc")
+        + b"\x00"
+        + text("te")
+        + text("trailers")
+    )
+
+
+class Connection:
+    """One connection and the callers on it."""
+
+    def __init__(self, port: int, path: str) -> None:
+        self.socket = socket.create_connection((HOST, port), timeout=IDLE_S_MAX)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.headers = headers(path, f"{HOST}:{port}")
+        self.next_stream = 1
+        self.window = 65_535
+        self.received = 0
+        self.rest = b""
+        self.under_way: dict[int, list[Any]] = {}  # stream -> [caller, when it was sent, bytes that came]
+        self.waiting: deque[tuple[int, bytes]] = deque()
+        self.socket.sendall(
+            PREFACE
+            + frame(SETTINGS, 0, 0, (4).to_bytes(2, "big") + WINDOW_MAX.to_bytes(4, "big"))
+            + frame(WINDOW_UPDATE, 0, 0, (WINDOW_MAX - 65_535).to_bytes(4, "big"))
+        )
+
+    def call(self, caller: int, message: bytes) -> bytes:
+        """The frames of one call, or nothing while the server's window has no room for it."""
+        size = len(message) + 5
+        if self.window < size:
+            self.waiting.append((caller, message))
+            return b""
+        self.window -= size
+        stream, self.next_stream = self.next_stream, self.next_stream + 2
+        self.under_way[stream] = [caller, time.perf_counter(), 0]
+        body = b"\0" + len(message).to_bytes(4, "big") + message
+        return frame(HEADERS, END_HEADERS, stream, self.headers) + frame(DATA, END_STREAM, stream, body)
+
+    def receive(self) -> tuple[list[tuple[int, float]], bytes]:
+        """(caller and seconds of each call that ended, bytes to send)."""
+        chunk = self.socket.recv(RECV_BYTES)
+        if not chunk:
+            raise RuntimeError("the server closed the connection")
+        data = self.rest + chunk if self.rest else chunk
+        at, end = 0, len(data)
+        ended: list[tuple[int, float]] = []
+        out = b""
+        while end - at >= 9:
+            size = int.from_bytes(data[at : at + 3], "big")
+            if end - at < 9 + size:
+                break
+            kind, flags = data[at + 3], data[at + 4]
+            stream = int.from_bytes(data[at + 5 : at + 9], "big")
+            if kind == DATA:
+                self.under_way[stream][2] += size
+                self.received += size
+            elif kind == HEADERS:
+                if flags & END_STREAM:
+                    caller, sent, came = self.under_way.pop(stream)
+                    if not came:  # an error has trailers only
+                        raise RuntimeError(f"a call failed: {data[at + 9 : at + 9 + size]!r}")
+                    ended.append((caller, time.perf_counter() - sent))
+            elif kind == SETTINGS and not flags & ACK:
+                out += frame(SETTINGS, ACK, 0, b"")
+            elif kind == PING and not flags & ACK:
+                out += frame(PING, ACK, 0, data[at + 9 : at + 17])
+            elif kind == WINDOW_UPDATE and stream == 0:
+                self.window += int.from_bytes(data[at + 9 : at + 13], "big")
+            elif kind in (RST_STREAM, GOAWAY):
+                raise RuntimeError(f"the server ended stream {stream}: frame {kind}, {data[at + 9 : at + 9 + size]!r}")
+            at += 9 + size
+        self.rest = data[at:]
+        if self.received > GIVE_BACK_BYTES:
+            out += frame(WINDOW_UPDATE, 0, 0, self.received.to_bytes(4, "big"))
+            self.received = 0
+        while self.waiting and self.window >= len(self.waiting[0][1]) + 5:
+            out += self.call(*self.waiting.popleft())
+        return ended, out
+
+
+class Generator:
+    """Connections that stay from run to run, by port and path."""
+
+    def __init__(self) -> None:
+        self.kept: dict[tuple[int, str, int], list[Connection]] = {}
+
+    def run(self, order: dict[str, Any]) -> dict[str, float]:
+        """One run."""
+        where = (order["port"], order["path"], order["connections"])
+        if where not in self.kept:
+            self.kept[where] = [Connection(order["port"], order["path"]) for _ in range(order["connections"])]
+        connections = self.kept[where]
+        bodies = [bytes.fromhex(body) for body in order["bodies"]]
+        counter_at, number = order["counter_at"], order["first"]
+        total, begun = order["calls"], 0
+        seconds: list[float] = []
+
+        def message(caller: int) -> bytes:
+            nonlocal number
+            body, at = bodies[caller % len(bodies)], counter_at[caller % len(bodies)]
+            if at < 0:
+                return body
+            number += 1
+            return body[:at] + b"%012d" % number + body[at + DIGITS :]
+
+        with selectors.DefaultSelector() as selector:
+            for connection in connections:
+                selector.register(connection.socket, selectors.EVENT_READ, connection)
+            cpu, started = time.process_time(), time.perf_counter()
+            for caller in range(min(order["callers"], total)):
+                connection = connections[caller % len(connections)]
+                connection.socket.sendall(connection.call(caller, message(caller)))
+                begun += 1
+            while len(seconds) < total:
+                ready = selector.select(IDLE_S_MAX)
+                if not ready:
+                    raise RuntimeError(f"no answer for {IDLE_S_MAX} s")
+                for key, _ in ready:
+                    ended, out = key.data.receive()
+                    pieces = [out] if out else []
+                    for caller, took in ended:
+                        seconds.append(took)
+                        if begun < total:
+                            begun += 1
+                            pieces.append(key.data.call(caller, message(caller)))
+                    if pieces:
+                        key.data.socket.sendall(b"".join(pieces))
+            took, cpu = time.perf_counter() - started, time.process_time() - cpu
+        seconds.sort()
+        return {
+            "calls": total,
+            "seconds": took,
+            "p50_s": seconds[(total - 1) // 2],
+            "p99_s": seconds[(total * 99 - 1) // 100],
+            "cpu_s": cpu,
+        }
+
+    def close(self) -> None:
+        """Close every connection."""
+        for connections in self.kept.values():
+            for connection in connections:
+                connection.socket.close()
+
+
+def main() -> None:
+    """Runs, one a line, until standard input ends."""
+    generator = Generator()
+    try:
+        for line in sys.stdin:
+            print(json.dumps(generator.run(json.loads(line))), flush=True)
+    finally:
+        generator.close()
+
+
+if __name__ == "__main__":
+    main()

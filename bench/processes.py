@@ -1,0 +1,131 @@
+"""The processes that cases start: bare servers and the load generator. Daemons come from `sessiond.testing`.
+
+It promises that each is ended by its process id when its block ends, and that a process that does not answer ends the
+run instead of stopping it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench import wire
+from sessiond.testing import HOST, free_port
+
+ROOT = Path(__file__).resolve().parents[1]
+# Longer than any run of the load generator.
+ANSWER_S_MAX = 120.0
+# Above every number that setting up uses: a turn_id that was used with other content is refused.
+FIRST_NUMBER = 1_000_000
+
+
+def environment() -> dict[str, str]:
+    """This process's, without settings of a daemon, and with this checkout first on the path."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("SESSIOND_")}
+    kept["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "src")])
+    return kept
+
+
+@dataclass(frozen=True)
+class Bare:
+    """A bare server at work."""
+
+    address: str
+    pid: int
+
+
+def bare_command(listen: str, reply: Path, **more: Any) -> list[str]:
+    """What starts a bare server."""
+    return [sys.executable, "-m", "bench.bare", json.dumps({"listen": listen, "reply": str(reply), **more})]
+
+
+@contextlib.contextmanager
+def running_bare(reply: bytes, env: dict[str, str] | None = None, probe: bytes = b"", **more: Any) -> Iterator[Bare]:
+    """A bare server that returns the reply. more: as `bench.bare` says. probe: a request that it can answer."""
+    with tempfile.TemporaryDirectory(prefix="bench-bare-") as folder:
+        path = Path(folder, "reply")
+        path.write_bytes(reply)
+        address = f"{HOST}:{free_port()}"
+        process = subprocess.Popen(
+            bare_command(address, path, **more),
+            stdin=subprocess.DEVNULL,
+            env={**environment(), **(env or {})},
+            cwd=ROOT,
+        )
+        try:
+            with wire.Client(address) as client:
+                first = client.channel.unary_unary(wire.RESUME)
+                assert first(probe, timeout=wire.TIMEOUT_S, wait_for_ready=True) == reply
+            yield Bare(address, process.pid)
+        finally:
+            process.kill()
+            process.wait()
+
+
+class Load:
+    """The load generator: one process for both sides, so that both are driven the same way."""
+
+    def __init__(self, callers: int, connections: int) -> None:
+        self._callers = callers
+        self._connections = connections
+        self._first = FIRST_NUMBER
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "bench.load"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment(),
+            cwd=ROOT,
+            text=True,
+        )
+
+    def run(
+        self, address: str, path: str, calls: int, bodies: list[bytes], counter_at: list[int] | None = None
+    ) -> dict[str, float]:
+        """One run; the generator's answer."""
+        order = {
+            "port": int(address.rpartition(":")[2]),
+            "path": path,
+            "calls": calls,
+            "bodies": [body.hex() for body in bodies],
+            "counter_at": counter_at or [-1] * len(bodies),
+            "first": self._first,
+            "connections": self._connections,
+            "callers": self._callers,
+        }
+        self._first += calls
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        # A server that hangs: the generator notices by itself; this is for a generator that does not.
+        watch = threading.Timer(ANSWER_S_MAX, self._process.kill)
+        watch.start()
+        try:
+            self._process.stdin.write(json.dumps(order) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        finally:
+            watch.cancel()
+            watch.join()
+        if not line:
+            raise RuntimeError("the load generator ended; its error stands above")
+        answer: dict[str, float] = json.loads(line)
+        return answer
+
+    def close(self) -> None:
+        """End the generator."""
+        self._process.kill()
+        self._process.communicate()
+
+    def __enter__(self) -> Load:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()

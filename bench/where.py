@@ -1,0 +1,304 @@
+"""Where the time of a resume and of an append goes: `python -m bench.where [resume|append]`, on real tiers, no gRPC.
+
+It measures CPU, not waiting: steps by calling them alone, warm (again and again) and cold (after a pause, when caches
+and branch predictors have forgotten; a daemon's call is nearer to that). Cold steps do not add up: each pays alone for
+what they share. cProfile's own cost inflates small functions, so that it only says where to look. Nothing here is
+compared with another side.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import cProfile
+import itertools
+import pstats
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from bench import inside, talk, wire
+from sessiond import core
+from sessiond.core import rules
+from sessiond.core import state as states
+from sessiond.service import context as contexts
+from sessiond.service.node import CallCounts
+from sessiond.service.prepare import Spec, prepare_turns
+from sessiond.service.sessions import Call, Parts, Sessions
+from sessiond.tiers.hot import log
+from sessiond.tiers.hot.environment import Transaction
+from sessiond.tiers.hot.rows import decode_head, encode_head, unwrap
+from sessiond.transport.server import TENANT, _append, _resume
+from sessiond.transport.wire import parse, reply
+from sessiond.v1 import session_pb2, turn_pb2
+
+SESSION = "profiled"
+TURNS = 1000
+CALLS = 4000
+# Long enough that the core has done other things: in the daemon that is the normal case between two calls.
+PAUSE_S = 0.002
+COLD_CALLS = 400
+PROFILE_ROWS = 28
+
+
+Cost = tuple[float, float]
+
+
+def cost_us(step: Callable[[], object]) -> Cost:
+    """CPU microseconds of a step: (again and again, after a pause in which the core did other things)."""
+
+    async def again() -> object:
+        return step()
+
+    return asyncio.run(cost_us_async(again))
+
+
+async def cost_us_async(step: Callable[[], Awaitable[object]]) -> Cost:
+    """The same for a coroutine; CPU of the loop's thread. Medians."""
+    empty: list[float] = []
+    warm: list[float] = []
+    cold: list[float] = []
+
+    async def nothing() -> None:
+        return None
+
+    for each, work, pause_s, count in (
+        (empty, nothing, 0.0, CALLS),
+        (warm, step, 0.0, CALLS),
+        (cold, step, PAUSE_S, COLD_CALLS),
+    ):
+        for _ in range(count):
+            if pause_s:
+                # Nothing else is on this loop, and the core shall do other things.
+                time.sleep(pause_s)  # noqa: ASYNC251
+            started = time.thread_time_ns()
+            await work()
+            each.append((time.thread_time_ns() - started) / 1000)
+    none = statistics.median(empty)
+    return max(0.0, statistics.median(warm) - none), max(0.0, statistics.median(cold) - none)
+
+
+def table(title: str, rows: list[tuple[str, Cost]]) -> None:
+    print(f"\n{title}\n  warm us  cold us")
+    for name, (warm, cold) in rows:
+        print(f"  {warm:7.1f}  {cold:7.1f}  {name}")
+
+
+def profile(title: str, work: Callable[[], Awaitable[object]], calls: int) -> None:
+    """cProfile of so many calls, by own time."""
+
+    async def run() -> None:
+        for _ in range(calls):
+            await work()
+
+    profiler = cProfile.Profile(time.thread_time)
+    loop = asyncio.new_event_loop()
+    profiler.enable()
+    loop.run_until_complete(run())
+    profiler.disable()
+    loop.close()
+    print(f"\n{title}: cProfile, {calls} calls, own time")
+    stats: Any = pstats.Stats(profiler).strip_dirs()
+    rows = sorted(stats.stats.items(), key=lambda item: -item[1][2])[:PROFILE_ROWS]
+    for (file, number, name), (_, count, own, whole, _) in rows:
+        where = name if file == "~" else f"{file}:{number}({name})"
+        print(
+            f"  {own / calls * 1e6:7.1f} us own  {whole / calls * 1e6:7.1f} us in all  {count / calls:6.1f}x  {where}"
+        )
+
+
+def resume(sessions: Sessions, parts: Parts) -> None:
+    """A hot resume, step by step."""
+    raw = wire.resume_request(SESSION)
+    call, request = Call(TENANT, None), session_pb2.ResumeSessionRequest.FromString(raw)
+    h = rules.session_hash(parts.bucket.hash_key, TENANT, SESSION)
+    served, calls = _resume(sessions), CallCounts()
+
+    async def whole() -> bytes:
+        answer = reply(await served(call, parse(session_pb2.ResumeSessionRequest, raw, 1 << 23)))
+        calls.add("ResumeSession", "OK", "")
+        return answer
+
+    with parts.hot.read() as transaction:
+        head = log.read_head(transaction, h)
+        assert head is not None
+        value = bytes(transaction.get("heads", h))
+        state = states.decode(head.state)
+        spec = Spec(request.context, head.policy, parts.tokenizer, 0, "context")
+        standing = sessions._standing(request, head, state)
+        source = contexts.HotSource(transaction, h, head)
+        exact = spec.budget - 3
+        tail = exact - spec.budget // 16
+        fit = contexts._choose(source, h, state, spec, tail, exact)
+        rows: list[Any] = []
+        target, gathered = state.last_live_seq, 0
+        while target and gathered <= exact:
+            row = source.row_for(target)
+            tokens, target = core.row_live(row, target, spec.slot)
+            gathered += tokens
+            rows.insert(0, row)
+
+        def open_read() -> None:
+            with parts.hot.read():
+                pass
+
+        def finding() -> None:
+            seq = state.last_live_seq
+            for _ in rows:
+                seq = core.row_live(source.row_for(seq), seq, spec.slot)[1]
+
+        def fitting() -> Any:
+            return core.fit_window(
+                h, rows, 0, state.last_live_seq, state.exchange_seq, spec.strategy, 0, tail, exact, 1000, 0
+            )
+
+        steps = [
+            ("the whole call, from request bytes to reply bytes", asyncio.run(cost_us_async(whole))),
+            ("  parse the request", cost_us(lambda: parse(session_pb2.ResumeSessionRequest, raw, 1 << 23))),
+            ("  session's hash", cost_us(lambda: rules.session_hash(parts.bucket.hash_key, TENANT, SESSION))),
+            ("  open and close a read transaction", cost_us(open_read)),
+            (f"  read and decode the head row ({len(value)} bytes)", cost_us(lambda: decode_head(h, value))),
+            (f"  decode the state ({len(head.state)} bytes)", cost_us(lambda: states.decode(head.state))),
+            (
+                "  check the spec",
+                cost_us(lambda: Spec(request.context, head.policy, parts.tokenizer, 0, "context")),
+            ),
+            ("  standing", cost_us(lambda: sessions._standing(request, head, state))),
+            ("  build the context", cost_us(lambda: contexts.build(source, h, state, spec, standing))),
+            ("    etag", cost_us(lambda: contexts._etag(state, spec, standing))),
+            (
+                "    choose the window: rows and fit",
+                cost_us(lambda: contexts._choose(source, h, state, spec, tail, exact)),
+            ),
+            (f"      find {len(rows)} rows", cost_us(finding)),
+            (f"      fit and copy {len(fit[4]):,} bytes (compiled)", cost_us(fitting)),
+            ("    checkpoint's header", cost_us(lambda: contexts.checkpoint_header(state))),
+            ("    state's message", cost_us(lambda: contexts.state_proto(state))),
+        ]
+    table(f"hot resume, {TURNS:,} turns, budget 4,000", steps)
+    profile("hot resume", whole, 3000)
+
+
+def append(sessions: Sessions, parts: Parts) -> None:
+    """An EDGE append, step by step; the folder should be in memory, so that fsync costs nothing."""
+    call = Call(TENANT, None)
+    h = rules.session_hash(parts.bucket.hash_key, TENANT, SESSION)
+    numbers = itertools.count(100_001)
+    served = _append(sessions)
+    template = [wire.append_request(SESSION, talk.turn(number, supplied=False)) for number in (1, 2)]
+    raws = [bytes(request.SerializeToString()) for request in template]
+    at = raws[0].index(b"turn-") + len(b"turn-")
+
+    async def whole() -> bytes:
+        number = next(numbers)
+        raw = raws[(number + 1) % 2]
+        raw = raw[:at] + b"%012d" % number + raw[at + 12 :]
+        return reply(await served(call, parse(session_pb2.AppendTurnRequest, raw, 1 << 23)))
+
+    turns = list(template[1].turns)
+
+    def prepare() -> Any:
+        return prepare_turns(turns, parts.bucket.hash_key, parts.tokenizer, inside.TURN_BYTES_MAX)
+
+    def count(encoding: int) -> Callable[[], object]:
+        return lambda: parts.tokenizer.count_message(turns[0].message, encoding)
+
+    with parts.hot.read() as transaction:
+        head = log.read_head(transaction, h)
+        assert head is not None
+        ids = [bytes(value) for _, value in transaction.scan("ids", h)]
+        joined = log.turn_ids(transaction, h)
+        places = states.decode_places(head.state)
+        turn = prepare()[0]
+        id_hash = rules.turn_id_hash(h, turn.turn_id)
+        raw_head = bytes(transaction.get("heads", h))
+        placed = log.Placed(turn.turn_id, 1, head.head_seq, 1, turn.tokens, False)
+        done = log.Appended([placed], head, head.state)
+
+    def in_the_log() -> tuple[float, float]:
+        """(CPU us of the log's part, on the commit thread; CPU us around it: queue, wake-ups, begin, commit)."""
+        inner: list[float] = []
+
+        def operation(transaction: Transaction) -> None:
+            turn.turn_id = f"inside-{next(numbers)}"
+            started = time.thread_time_ns()
+            log.append(transaction, h, SESSION, [turn], None, None, 1, dict)
+            inner.append((time.thread_time_ns() - started) / 1000)
+
+        outer = []
+        for _ in range(2000):
+            started = time.process_time_ns()
+            parts.hot.run_blocking(operation)
+            outer.append((time.process_time_ns() - started) / 1000)
+        return statistics.median(inner), statistics.median(outer) - statistics.median(inner)
+
+    async def whole_process() -> float:
+        blocks = []
+        for _ in range(30):
+            started = time.process_time_ns()
+            for _ in range(100):
+                await whole()
+            blocks.append((time.process_time_ns() - started) / 100 / 1000)
+        return statistics.median(blocks)
+
+    def sealing() -> bytes:
+        chain = rules.next_chain(places[3], turn.digest)
+        cumulative = [places[4][slot] + turn.tokens[slot] for slot in range(3)]
+        return core.seal_frame(
+            h, places[1] + 1, 1, places[21], turn.kind, turn.role, turn.status, 0, places[5], cumulative, turn.tokens,
+            turn.sources, turn.digest, chain, turn.body,
+        )  # fmt: skip
+
+    frame = sealing()
+    nan = float("nan")
+    in_log, around = in_the_log()
+    steps = [
+        ("the whole call, from request bytes to reply bytes, all threads", (asyncio.run(whole_process()), nan)),
+        ("  parse the request", cost_us(lambda: parse(session_pb2.AppendTurnRequest, raws[0], 1 << 23))),
+        ("  prepare the turn", cost_us(prepare)),
+        ("    count o200k_base", cost_us(count(turn_pb2.ENCODING_O200K_BASE))),
+        ("    count cl100k_base", cost_us(count(turn_pb2.ENCODING_CL100K_BASE))),
+        ("  append in the log, inside the transaction", (in_log, nan)),
+        (f"    check {len(ids)} rows of turn ids", cost_us(lambda: b"".join(unwrap(h, "ids", row) for row in ids))),
+        (f"    look for the turn id in {len(joined):,} bytes", cost_us(lambda: log.find_turn_id(joined, id_hash))),
+        ("    decode the head row", cost_us(lambda: decode_head(h, raw_head))),
+        ("    decode the state (done twice)", cost_us(lambda: states.decode_places(head.state))),
+        ("    seal the frame", cost_us(sealing)),
+        ("    replay it", cost_us(lambda: core.replay(h, head.state, frame))),
+        ("    encode the head row", cost_us(lambda: encode_head(h, head))),
+        ("  queue, wake-ups, begin, commit", (around, nan)),
+        ("  fill the reply", cost_us(lambda: sessions._fill(session_pb2.AppendTurnResponse(), done, head))),
+    ]
+    table(
+        f"append EDGE of {len(raws[0])} bytes to a session of {places[1]:,} turns",
+        steps,
+    )
+    profile("append EDGE, the loop's thread", whole, 1500)
+
+
+def main() -> None:
+    which = sys.argv[1:] or ["resume", "append"]
+    memory = Path("/dev/shm")
+    with (
+        tempfile.TemporaryDirectory(prefix="bench-where-", dir=memory if memory.is_dir() else None) as name,
+        inside.running(Path(name), flushes=False) as (sessions, parts),
+    ):
+
+        async def populate() -> None:
+            await sessions.create(Call(TENANT, None), session_pb2.CreateSessionRequest(session_id=SESSION))
+            for request in talk.calls(SESSION, TURNS):
+                await sessions.append(Call(TENANT, None), request)
+
+        asyncio.run(populate())
+        print(f"compiled core: {core.COMPILED}")
+        if "resume" in which:
+            resume(sessions, parts)
+        if "append" in which:
+            append(sessions, parts)
+
+
+if __name__ == "__main__":
+    main()
