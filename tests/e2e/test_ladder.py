@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 
+import grpc
 import pytest
 
 from sessiond import config
@@ -12,7 +13,7 @@ from sessiond.v1 import admin_pb2, context_pb2, session_pb2, turn_pb2
 from sessiond.verify import verify
 from tests import airline
 from tests.airline import needs_airline
-from tests.wire import CLOUD, HOT, PARTIAL, Wire, assistant, refusal, user
+from tests.wire import CLOUD, HOT, PARTIAL, Refusal, Wire, assistant, refusal, user
 
 # Nothing is flushed on its own within a test.
 NEVER_MS = 3_600_000
@@ -316,4 +317,44 @@ def test_sessions_are_listed_by_user_and_a_listing_without_the_cloud_tier_says_t
         assert ids(listed(user_id="ann")) == [f"a{index}" for index in range(7)]
         assert all(page.incomplete for page in listed(user_id="ann"))
         (daemon.data_dir / "elsewhere").rename(cloud)
+        wire.close()
+
+
+def test_a_damaged_session_is_listed_by_its_name_as_unreadable() -> None:
+    with running_daemon() as daemon:
+        wire = Wire(daemon.address)
+        wire.create("whole")
+        wire.create("hurt")
+        assert daemon.terminate() == 0
+        daemon.lose_hot_tier()
+        for path in (daemon.data_dir / "cloud" / "m").iterdir():
+            raw = bytearray(path.read_bytes())
+            if b"hurt" in raw:
+                raw[-1] ^= 1
+                path.write_bytes(raw)
+        daemon.restart()
+        wire = Wire(daemon.address)
+        page = wire.sessions.ListSessions(session_pb2.ListSessionsRequest())
+        assert [session.session_id for session in page.sessions] == ["whole"]
+        assert [(item.session_id, item.reason) for item in page.unreadable] == [("hurt", "CORRUPT_MANIFEST")]
+        wire.close()
+
+
+def test_too_many_calls_at_once_are_refused_with_details_and_a_retry() -> None:
+    with running_daemon(concurrent_calls_max=1, flush_interval_ms=NEVER_MS) as daemon:
+        wire = Wire(daemon.address)
+        wire.create("a", policy=turn_pb2.SessionPolicy(min_durability=turn_pb2.DURABILITY_CLOUD))
+        body = "word " * 100_000
+        request = session_pb2.AppendTurnRequest(session_id="a", turns=[user(f"t{n}", body) for n in range(4)])
+        slow = wire.sessions.AppendTurn.future(request, timeout=60)
+        refused = None
+        while refused is None and not slow.done():
+            try:
+                wire.resume("a")
+            except grpc.RpcError as error:
+                refused = Refusal(error)
+        assert refused is not None
+        assert (refused.code.name, refused.reason) == ("RESOURCE_EXHAUSTED", "OVERLOADED")
+        assert refused.retry_ms > 0
+        assert slow.result().head.seq == 4
         wire.close()

@@ -56,7 +56,16 @@ from sessiond.tiers.hot.rows import (
     Head,
     decode_committed,
 )
-from sessiond.tiers.hydrate import Claims, Cold, Node, Segments, first_manifest, load, unavailable_owner
+from sessiond.tiers.hydrate import (
+    Claims,
+    Cold,
+    Node,
+    Segments,
+    first_manifest,
+    indexed_session,
+    load,
+    unavailable_owner,
+)
 from sessiond.tokens import Tokenizer
 from sessiond.v1 import context_pb2, session_pb2, turn_pb2
 
@@ -446,7 +455,8 @@ class Sessions:
                 return None
             return self._cold_proto(cold.manifest)
         except Corrupt as error:
-            return session_pb2.UnreadableSession(session_id="", reason=error.reason)
+            name = await self._off_loop(indexed_session, self._parts.store, key)
+            return session_pb2.UnreadableSession(session_id=name, reason=error.reason)
 
     def _is_indexed_by(self, key: str, manifest: Manifest) -> bool:
         """Whether a row of the index is the session's own, and not left by a creation that came second."""

@@ -158,6 +158,15 @@ def load(store: ObjectStore, h: bytes) -> Cold | None:
     return Cold(manifests.unseal(stored.body, name, h), stored.etag)
 
 
+def indexed_session(store: ObjectStore, key: str) -> str:
+    """The session id that a row of the index by user names; empty where the row can't be read either."""
+    try:
+        meta, _ = envelope.unseal(store.get(key).body, envelope.KIND_USER_INDEX, key)
+    except (StoreError, Corrupt):
+        return ""
+    return str(meta.get("session", ""))
+
+
 def kept_frame(manifest: Manifest, seq: int) -> tuple[Header, bytes] | None:
     """(header, buffer) of a turn that the manifest itself holds; None if it does not."""
     buffer = manifest.inline_frames if seq >= manifest.inline_first else manifest.kept_frames
