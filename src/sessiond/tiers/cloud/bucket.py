@@ -150,7 +150,7 @@ def _parse(stored: bytes, configured_key: bytes, url: str) -> Bucket:
         store_id = bytes.fromhex(fields["store_id"])
         kept_key = bytes.fromhex(fields["hash_key"] or "")
         check = str(fields["hash_key_check"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise Corrupt("CORRUPT_MANIFEST", f"The object {BUCKET_KEY} of {url} is damaged: {error}.", where) from error
     if version > FORMAT_VERSION:
         raise Corrupt(
