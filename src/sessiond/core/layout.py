@@ -60,7 +60,7 @@ STATE. The fold of a log, one MessagePack array with these places (later rules o
                                                                        21 append time of the newest turn, ms
 
     instructions: [seq, tokens x3] or nil.   pins: {key: [value, epoch, seq, tokens x3]}.
-    summary: [[seq, first, last, tokens x3], ...]: the summary turns in effect; together they cover 1..last without a gap.
+    summary: [[seq, first, last, tokens x3], ...]: summary turns in effect; together they cover 1..last without a gap.
     Maps are written in ascending key order.
 
 A checkpoint is the state at a boundary, and these very bytes. The same rule over the same log gives the same bytes,
