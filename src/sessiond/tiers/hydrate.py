@@ -305,8 +305,12 @@ class Claims:
                 if found is None or not mine:
                     self._forget(h)
                     return False
-                # Our own earlier attempt, whose answer was lost; what it wrote is what counts.
+                # Our own earlier attempt, whose answer was lost; what it wrote is what counts, and may lack its index.
                 manifest, etag = found.manifest, found.etag
+                try:
+                    self._put_user_index(manifest)
+                except StoreError as error:
+                    raise refusal(error) from error
         finally:
             try:
                 index.result()
