@@ -21,7 +21,7 @@ def print_json(value: Any) -> None:
 def plain(message: Message) -> dict[str, Any]:
     """A message as JSON has it: the proto's field names, numbers as numbers, enums by name, bytes as hexadecimal.
 
-    Fields that are not set are left out, but for numbers, texts and flags outside a oneof, which have their zero.
+    Fields that are not set and empty bytes are left out; numbers, texts and flags outside a oneof have their zero.
     """
     values: dict[str, Any] = {}
     for field in message.DESCRIPTOR.fields:
@@ -30,7 +30,7 @@ def plain(message: Message) -> dict[str, Any]:
             values[field.name] = dict(sorted(value.items()))
         elif field.is_repeated:
             values[field.name] = [_scalar(field, item) for item in value]
-        elif not field.has_presence or message.HasField(field.name):
+        elif message.HasField(field.name) if field.has_presence else value != b"":
             values[field.name] = _scalar(field, value)
     return values
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -22,6 +23,8 @@ def command(config_path: str | None, **given: Any) -> int:
     was not: the turns are safe on this node's disk, start the daemon there again. Other codes: see sessiond --help.
     """
     loaded = settings.load(config_path, given)
+    # gRPC's own lines on standard error are no JSON, and say nothing that the daemon's do not.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     daemon = _import_daemon()
     return exits.OK if daemon.serve(loaded) else exits.INCOMPLETE
 
