@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import stat
@@ -19,7 +20,7 @@ import pytest
 from sessiond.cli import exits, settings
 from sessiond.config import Settings
 from sessiond.testing import free_port, running_daemon
-from tests.cli.command import Ran, environment, process, run, start
+from tests.cli.command import ROOT, Ran, environment, process, run, start
 
 # The serving process of these tests: a small map, a port of its own.
 SMALL = ("--map-size-bytes", 16 * 1024**2)
@@ -222,6 +223,20 @@ def test_a_hot_tier_of_a_newer_release_is_refused(used_data: Path) -> None:
     assert "NEWER_FORMAT" in told(ran)
     assert run("dump", "--data-dir", used_data).code == exits.CORRUPT
     assert run("verify", "--data-dir", used_data).code == exits.CORRUPT
+
+
+def test_a_damaged_vocabulary_is_refused(tmp_path: Path) -> None:
+    package = tmp_path / "src" / "sessiond"
+    shutil.copytree(ROOT / "src" / "sessiond", package, ignore=shutil.ignore_patterns("__pycache__"))
+    vocabulary = package / "tokens" / "vocab" / "o200k_base.vocab"
+    body = bytearray(vocabulary.read_bytes())
+    body[len(body) // 2] ^= 1
+    vocabulary.write_bytes(body)
+    ran = serve(tmp_path, PYTHONPATH=str(tmp_path / "src"))
+    assert ran.code == exits.CORRUPT
+    line = told(ran)
+    assert "DAMAGED_VOCABULARY" in line
+    assert "o200k_base" in line
 
 
 def test_a_second_daemon_of_the_same_name_is_refused(tmp_path: Path) -> None:

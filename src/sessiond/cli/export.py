@@ -43,12 +43,14 @@ class Exported:
 @click.option("--user", metavar="U", help="All sessions of this user.")
 @click.option("--all", "everything", is_flag=True, help="All sessions; what happens without a session or user anyway.")
 @click.option("--allow-missing", is_flag=True, help="Exit with 0 although turns are, or may be, missing.")
+@click.option("--json", "as_json", is_flag=True, help="Tell errors as JSON, too; the lines are JSON anyway.")
 @connect.options
 def command(
     sessions: tuple[str, ...],
     user: str | None,
     everything: bool,
     allow_missing: bool,
+    as_json: bool,
     server: str | None,
     timeout: float,
 ) -> int:
@@ -59,6 +61,7 @@ def command(
 
     Exit code 9 if a session could not be read, or turns of one are, or may be, missing; standard error names them.
     """
+    del as_json  # `app` reads it where it tells an error
     if sessions and (user is not None or everything):
         raise click.UsageError("Name sessions, or give --user or --all.")
     failed = 0

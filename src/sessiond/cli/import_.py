@@ -518,4 +518,6 @@ def _rich_progress(tally: Tally, sources: Sequence[Source], over: threading.Even
         task = shown.add_task("", total=total)
         while not over.wait(REDRAW_EVERY_S):
             read = sum(source.position_bytes() for source in sources)
-            shown.update(task, completed=read if total else 0, description=tally.line())
+            failed = f", {tally.failed} failed" if tally.failed else ""
+            done = f"{tally.conversations} conversations{failed}, {tally.turns_added} turns added"
+            shown.update(task, completed=read if total else 0, description=done)

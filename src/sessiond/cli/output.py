@@ -7,10 +7,12 @@ import sys
 import unicodedata
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Final
 
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
+
+LAST_COLUMN_MIN: Final = 20
 
 
 def print_json(value: Any) -> None:
@@ -47,7 +49,7 @@ def _scalar(field: Any, value: Any) -> Any:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]], right: Sequence[str] = (), title: str = "") -> None:
-    """A table on standard output. right: columns whose cells are numbers."""
+    """A table on standard output; on a narrow terminal its last column gives way. right: columns of numbers."""
     cells = [[printable(str(cell)) for cell in row] for row in rows]
     if sys.stdout.isatty():
         _rich_table(columns, cells, right, title)
@@ -57,16 +59,23 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], right: Seque
 
 def _rich_table(columns: Sequence[str], cells: list[list[str]], right: Sequence[str], title: str) -> None:
     from rich import box
+    from rich.cells import cell_len
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     drawn = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
-        drawn.add_column(column, justify="right" if column in right else "left", overflow="ellipsis", no_wrap=True)
+        drawn.add_column(column, justify="right" if column in right else "left", no_wrap=True)
+    # Two cells of padding and one of rule a column.
+    widths = [max(cell_len(cell) for cell in column) + 3 for column in zip(columns, *cells, strict=True)]
+    left = max(Console().width - sum(widths[:-1]) - 3, LAST_COLUMN_MIN)
     for row in cells:
-        drawn.add_row(*(Text(cell) for cell in row))
-    Console(highlight=False).print(drawn)
+        last = Text(row[-1])
+        last.truncate(left, overflow="ellipsis")
+        drawn.add_row(*(Text(cell) for cell in row[:-1]), last)
+    # Ids and numbers are never cut: rather let the terminal wrap.
+    Console(highlight=False, width=max(Console().width, sum(widths[:-1]) + left + 3)).print(drawn)
 
 
 def _plain_table(columns: Sequence[str], cells: list[list[str]], right: Sequence[str], title: str) -> None:
