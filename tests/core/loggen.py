@@ -311,8 +311,9 @@ def random_actions(seed: int, turns: int, text_bytes: int = 400) -> Iterable[Act
             yield Say(ROLE_ASSISTANT, (text(), *calls), counts())
             if rng.random() < 0.1:
                 break  # never answered
+            answering = rng.choice((ROLE_TOOL, ROLE_TOOL, ROLE_USER))
             for _ in calls:
-                yield Say(ROLE_TOOL, (("result", rng.randrange(9)),), counts())
+                yield Say(answering, (("result", rng.randrange(9)),), counts())
         status = rng.choice((STATUS_COMPLETE,) * 8 + (0, STATUS_INTERRUPTED, STATUS_CANCELLED))
         yield Say(ROLE_ASSISTANT, (text(),), counts(), status=status)
         dice = rng.random()

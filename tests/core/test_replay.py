@@ -15,6 +15,7 @@ from sessiond.core import state as states
 from sessiond.core.layout import (
     FLAG_APPLIES,
     FLAG_BOUNDARY,
+    FLAG_CUT,
     FLAG_EXCHANGE,
     HEADER_BYTES,
     KIND_MESSAGE,
@@ -201,6 +202,17 @@ def test_results_pair_with_the_nearest_earlier_unanswered_call() -> None:
     assert log.places[16] == [[2, "a"], [2, "b"]]
     log.do(say())
     assert log.places[16] == []
+
+
+def test_a_user_message_that_answers_leaves_the_other_calls_open() -> None:
+    calls = (("call", "a"), ("call", "b"), ("call", "c"))
+    log = Log.of(
+        [say(), Say(ROLE_ASSISTANT, calls, (1, 1, 0)), Say(ROLE_USER, (("result", 1), ("text", "so")), (1, 1, 0))]
+    )
+    assert log.places[16] == [[2, "a"], [2, "c"]]
+    log.do(Say(ROLE_USER, (("result", 0), ("result", 0)), (1, 1, 0)))
+    assert log.places[16] == []
+    assert [header.flags & FLAG_CUT for header in log.headers] == [1, 1, 0, 0]
 
 
 def test_open_calls_have_a_limit() -> None:
