@@ -139,6 +139,21 @@ def test_sessions_lists_with_and_without_user_and_limit(daemon: Daemon, client: 
     assert len(run("sessions", "--json").lines) >= 3
 
 
+def test_a_list_that_may_lack_sessions_says_so(own_daemon: Daemon) -> None:
+    assert run("append", "held", "--create", "--text", "hello").code == 0
+    cloud = own_daemon.data_dir / "cloud"
+    cloud.rename(own_daemon.data_dir / "away")
+    try:
+        for argv in (["sessions"], ["export"]):
+            ran = run(*argv)
+            assert ran.code == exits.INCOMPLETE
+            assert "held" in ran.out
+            assert "there may be sessions that this node does not hold" in ran.err
+    finally:
+        (own_daemon.data_dir / "away").rename(cloud)
+    assert run("export").code == 0
+
+
 def test_show_says_everything_about_a_session(daemon: Daemon, client: Client, talk: str) -> None:
     ran = run("show", talk)
     assert ran.code == 0

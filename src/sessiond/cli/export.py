@@ -26,6 +26,7 @@ PAGE_TURNS: Final = 1000
 PAGE_SESSIONS: Final = 200
 # Sessions that are read while one is written: what bounds memory.
 AHEAD_MAX: Final = 8
+INCOMPLETE_LIST: Final = "the cloud tier can't be reached: there may be sessions that this node does not hold"
 
 
 @dataclass(slots=True)
@@ -72,8 +73,10 @@ def command(
                 client.get_session(name)
             wanted = list(sessions)
         else:
-            wanted, unreadable = _listed(client, user)
-            failed += len(unreadable)
+            wanted, unreadable, incomplete = _listed(client, user)
+            failed += len(unreadable) + incomplete
+            if incomplete:
+                _say(INCOMPLETE_LIST)
             for row in unreadable:
                 _say(f"session {row.session_id or '(id unreadable)'} can't be read: {row.reason}")
         for exported in _in_order(client, wanted):
@@ -100,19 +103,20 @@ def missing_text(lost: context_pb2.MissingRange) -> str:
     return f"turns from {lost.first_seq} {last} of epoch {lost.epoch} {verb} missing: {reason}"
 
 
-def _listed(client: Client, user: str | None) -> tuple[list[str], list[session_pb2.UnreadableSession]]:
-    """Ids ordered by creation time, then id; and what is listed but can't be read."""
+def _listed(client: Client, user: str | None) -> tuple[list[str], list[session_pb2.UnreadableSession], bool]:
+    """(ids ordered by creation time, then id; what is listed but can't be read; whether others may exist)."""
     # A set, for a session that is made while it is listed may be listed twice.
     found: set[tuple[int, str]] = set()
     unreadable: list[session_pb2.UnreadableSession] = []
-    token = ""
+    token, incomplete = "", False
     while True:
         page = client.list_sessions_page(user, page_size=PAGE_SESSIONS, page_token=token)
         found.update((session.created_at_unix_ms, session.session_id) for session in page.sessions)
         unreadable += page.unreadable
+        incomplete = incomplete or page.incomplete
         token = page.next_page_token
         if not token:
-            return [session_id for _, session_id in sorted(found)], unreadable
+            return [session_id for _, session_id in sorted(found)], unreadable, incomplete
 
 
 def _in_order(client: Client, ids: Iterable[str]) -> Iterator[Exported]:

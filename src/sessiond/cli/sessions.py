@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import click
 
 from sessiond.cli import connect, exits, output
+from sessiond.cli.export import INCOMPLETE_LIST
 from sessiond.v1 import session_pb2
 
 PAGE_SESSIONS = 200
@@ -21,16 +22,19 @@ COLUMNS = ("session", "user", "turns", "tokens", "created", "newest", "state")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object a line.")
 @connect.options
 def command(user: str | None, limit: int | None, as_json: bool, server: str | None, timeout: float) -> int:
-    """List sessions, a user's oldest first. Exit code 9 if one is listed that can't be read."""
+    """List sessions, a user's oldest first. Exit code 9 if one can't be read, or there may be others."""
     unreadable: list[session_pb2.UnreadableSession] = []
+    incomplete = False
     with connect.client(server, timeout) as client:
 
         def all_pages() -> Iterator[session_pb2.Session]:
+            nonlocal incomplete
             token, left = "", limit
             while left is None or left > 0:
                 size = PAGE_SESSIONS if left is None else min(left, PAGE_SESSIONS)
                 page = client.list_sessions_page(user, page_size=size, page_token=token)
                 unreadable.extend(page.unreadable)
+                incomplete = incomplete or page.incomplete
                 yield from page.sessions
                 left = None if left is None else left - len(page.sessions)
                 token = page.next_page_token
@@ -44,7 +48,9 @@ def command(user: str | None, limit: int | None, as_json: bool, server: str | No
             output.table(COLUMNS, [_row(session) for session in all_pages()], right=("turns", "tokens"))
     for row in unreadable:
         print(f"sessiond: session {row.session_id or '(id unreadable)'}: {row.reason}", file=sys.stderr)
-    return exits.INCOMPLETE if unreadable else exits.OK
+    if incomplete:
+        print(f"sessiond: {INCOMPLETE_LIST}", file=sys.stderr)
+    return exits.INCOMPLETE if unreadable or incomplete else exits.OK
 
 
 def _row(session: session_pb2.Session) -> tuple[object, ...]:
