@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import structlog
 
@@ -23,6 +24,7 @@ from sessiond.tiers.cloud.lease import Lease
 from sessiond.tiers.cloud.open import open_store
 from sessiond.tiers.flush import Flusher
 from sessiond.tiers.hot.environment import Environment
+from sessiond.tiers.hot.log import doubt_owned
 from sessiond.tiers.hydrate import Claims, Segments
 from sessiond.tiers.hydrate import Node as NodeIdentity
 from sessiond.tokens import Tokenizer
@@ -33,6 +35,7 @@ log = structlog.get_logger("sessiond")
 
 STORE_THREADS = 32
 STOP_GRACE_S = 2.0
+DOUBTED_PER_COMMIT = 1000
 
 
 def now_ms() -> int:
@@ -94,7 +97,9 @@ class Daemon:
                 loop.call_soon_threadsafe(server.shut_down.set)
 
         lease = Lease(store, settings.node, hot.incarnation, settings.listen, settings.lease_ms, lease_lost)
-        await asyncio.to_thread(lease.acquire)
+        if await asyncio.to_thread(lease.acquire) != hot.incarnation:
+            # Another hot tier, or none, held this node's name since these rows were written: they may own nothing now.
+            await asyncio.to_thread(doubt_all, hot)
         lease.start()
         opened.callback(lease.stop, False)
         flusher = Flusher(hot, store, identity, settings.flush_interval_ms, settings.flush_threads, now_ms)
@@ -151,6 +156,13 @@ class Daemon:
                     failures=dict(progress.failures),
                 )
         return clean
+
+
+def doubt_all(hot: Environment) -> None:
+    """Have every session that this hot tier holds as owned looked up before it is served."""
+    start: bytes | None = b""
+    while start is not None:
+        start = hot.run_blocking(partial(doubt_owned, start=start, limit=DOUBTED_PER_COMMIT))
 
 
 def serve(settings: Settings) -> bool:

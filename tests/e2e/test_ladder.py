@@ -8,6 +8,7 @@ import grpc
 import pytest
 
 from sessiond import config
+from sessiond.core import envelope
 from sessiond.testing import Daemon, running_daemon
 from sessiond.v1 import admin_pb2, context_pb2, session_pb2, turn_pb2
 from sessiond.verify import verify
@@ -358,3 +359,40 @@ def test_too_many_calls_at_once_are_refused_with_details_and_a_retry() -> None:
         assert refused.retry_ms > 0
         assert slow.result().head.seq == 4
         wire.close()
+
+
+def test_a_hot_tier_that_comes_back_after_another_took_its_place_owns_nothing_unseen() -> None:
+    with running_daemon(flush_interval_ms=NEVER_MS, node_name="n") as first:
+        wire = Wire(first.address)
+        for name in ("a", "b"):
+            wire.create(name)
+            fill(wire, name, 4)
+        wire.admin.Flush(admin_pb2.FlushRequest())
+        fill(wire, "a", 2, first=5)
+        first.kill()
+        wire.close()
+        with running_daemon(cloud=first.cloud, node_name="n") as second:
+            wire = Wire(second.address)
+            assert wire.resume("a").receipt.rung == PARTIAL
+            assert wire.resume("a", accept_missing=1).receipt.rung == HOT
+            fill(wire, "a", 2, first=31)
+            assert second.terminate() == 0
+            wire.close()
+        first.restart()
+        wire = Wire(first.address)
+        # "a" went on elsewhere: what the manifest says counts, not the rows of before.
+        context = wire.resume("a", highest_acked=turn_pb2.TurnPosition(epoch=2, seq=6))
+        assert context.receipt.rung == CLOUD
+        assert [turn.turn_id for turn in context.turns] == ["t1", "t2", "t3", "t4", "t31", "t32"]
+        # It can be written again here, and what only this disk had is kept where it can be found.
+        assert fill(wire, "a", 1, first=41).head.seq == 7
+        (orphan,) = (first.data_dir / "cloud" / "o").rglob("*-*")
+        meta, frames = envelope.unseal(orphan.read_bytes(), envelope.KIND_ORPHAN, orphan.name)
+        assert meta["session"] == "a"
+        assert [t.turn_id for t in context_pb2.ActiveContext.FromString(frames).turns] == ["t5", "t6"]
+        # "b" was nobody else's in between.
+        assert wire.resume("b").receipt.rung == HOT
+        assert fill(wire, "b", 1, first=5).head.seq == 5
+        wire.close()
+        assert first.terminate() == 0
+        clean(first)

@@ -27,7 +27,8 @@ Meta keys (unknown ones are carried along in `extra` and written back):
     lifecycle        1 active, 2 archived, 3 deleted
     expires_ms       0 for never
     written_ms       when it was written, by the writer's clock
-    state_keys orphans pins index_rows      of StateService, rescue, forks: empty until used
+    orphans          rows [name, epoch, first, last, sha256] of objects with turns of a fenced node that are in no log
+    state_keys pins  of StateService and forks: empty until used
 """
 
 from __future__ import annotations

@@ -51,6 +51,7 @@ from sessiond.tiers.hot.rows import (
     DURABILITY_CLOUD,
     DURABILITY_EDGE,
     PHASE_CLAIMING,
+    PHASE_DOUBTED,
     PHASE_OWNED,
     PHASE_RELEASING,
     Head,
@@ -64,6 +65,7 @@ from sessiond.tiers.hydrate import (
     first_manifest,
     indexed_session,
     load,
+    revalidate,
     unavailable_owner,
 )
 from sessiond.tokens import Tokenizer
@@ -168,6 +170,12 @@ class Sessions:
         with self._hot.read() as transaction:
             return log.read_head(transaction, h)
 
+    async def _settle_doubt(self, h: bytes) -> None:
+        """After this returns the session is not doubted: ours, released or fenced."""
+        head = self._peek(h)
+        if head is not None and head.phase == PHASE_DOUBTED:
+            await self._off_loop(revalidate, self._hot, self._parts.store, self._parts.node, h)
+
     def _loss(self, manifest: Manifest) -> list[int] | None:
         """The row to add if this node takes the session now: turns that its last owner may have acknowledged.
 
@@ -214,6 +222,7 @@ class Sessions:
     async def _own(self, h: bytes, session_id: str, user_id: str) -> None:
         """Return once this node owns the session and holds its rows. Raises NotFound, Unavailable, Corrupt."""
         for _ in range(ATTEMPTS_MAX):
+            await self._settle_doubt(h)
             head = self._peek(h)
             if head is not None and head.phase == PHASE_OWNED:
                 check_user(session_id, head.user, user_id)
@@ -313,6 +322,7 @@ class Sessions:
 
     async def _describe(self, call: Call, h: bytes, session_id: str, user_id: str) -> session_pb2.Session:
         del call
+        await self._settle_doubt(h)
         with self._hot.read() as transaction:
             head = log.read_head(transaction, h)
             if head is not None and head.phase == PHASE_OWNED:
@@ -437,6 +447,7 @@ class Sessions:
 
     async def _listed(self, key: str, h: bytes) -> session_pb2.Session | session_pb2.UnreadableSession | None:
         try:
+            await self._settle_doubt(h)
             with self._hot.read() as transaction:
                 head = log.read_head(transaction, h)
                 if head is not None and head.phase == PHASE_OWNED:
@@ -495,6 +506,9 @@ class Sessions:
                             self._count_rung(standing.rung)
                             break
             if head is None or head.phase != PHASE_OWNED:
+                if head is not None and head.phase == PHASE_DOUBTED:
+                    await self._settle_doubt(h)
+                    continue
                 return await self._resume_cold(h, request)
             if spec is None:
                 spec = await self._spec(request.context, head.policy)
@@ -884,6 +898,7 @@ class Sessions:
         elif last_seq and last_seq < first_seq:
             raise invalid("INVALID_CONTEXT", "last_seq", f"{last_seq} is below first_seq {first_seq}")
         response = session_pb2.ListTurnsResponse()
+        await self._settle_doubt(h)
         try:
             frames, reached, head = await self._read_turns(h, first_seq, last_seq, PAGE_BYTES_MAX, size)
             check_user(request.session_id, head.user, request.user_id)
@@ -962,6 +977,7 @@ class Sessions:
         h = self._hash(call, request.session_id)
         check_user_id(request.user_id)
         saved: list[tuple[int, bytes]] | None = None
+        await self._settle_doubt(h)
         with self._hot.read() as transaction:
             head = log.read_head(transaction, h)
             if head is not None and head.phase == PHASE_OWNED:

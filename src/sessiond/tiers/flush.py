@@ -36,6 +36,7 @@ from sessiond.tiers.cloud.store import Ambiguous, ObjectStore, StoreError
 from sessiond.tiers.hot import log
 from sessiond.tiers.hot.environment import Environment, Transaction
 from sessiond.tiers.hot.rows import (
+    PHASE_DOUBTED,
     PHASE_FENCED,
     PHASE_OWNED,
     PHASE_RELEASED,
@@ -44,7 +45,7 @@ from sessiond.tiers.hot.rows import (
     decode_committed,
     encode_committed,
 )
-from sessiond.tiers.hydrate import ATTEMPTS_MAX, Node, Segments, load, put_settled
+from sessiond.tiers.hydrate import ATTEMPTS_MAX, Node, Segments, load, put_settled, revalidate
 
 BACKOFF_FIRST_MS = 200
 BACKOFF_LAST_MS = 10_000
@@ -198,6 +199,10 @@ class Flusher:
 
         Raises Unavailable, Denied, Corrupt HISTORY_DIVERGED; the session stays dirty then.
         """
+        with self._hot.read() as transaction:
+            head = log.read_head(transaction, h)
+        if head is not None and head.phase == PHASE_DOUBTED:
+            revalidate(self._hot, self._store, self._node, h)
         if not release:
             return self._flush(h, False)
         self._move(h, PHASE_OWNED, PHASE_RELEASING)

@@ -21,7 +21,7 @@ from sessiond.core import state as states
 from sessiond.core.layout import Header
 from sessiond.core.manifest import EPOCH_ROWS_MAX, LIFECYCLE_ACTIVE, LOSS_ROWS_MAX, Manifest
 from sessiond.errors import Conflict, Corrupt, SessiondError, Unavailable
-from sessiond.tiers.cloud.bucket import Bucket, manifest_key, refusal, segment_key
+from sessiond.tiers.cloud.bucket import Bucket, manifest_key, orphan_key, refusal, segment_key
 from sessiond.tiers.cloud.store import (
     Ambiguous,
     ObjectNotFound,
@@ -33,8 +33,11 @@ from sessiond.tiers.hot import log
 from sessiond.tiers.hot.environment import Environment, Transaction
 from sessiond.tiers.hot.rows import (
     PHASE_CLAIMING,
+    PHASE_DOUBTED,
     PHASE_FENCED,
     PHASE_OWNED,
+    PHASE_RELEASED,
+    PHASE_RELEASING,
     Head,
     encode_committed,
     encode_head,
@@ -46,6 +49,7 @@ from sessiond.tiers.hot.rows import (
 # Same bytes are sent again this often before an outcome is reported unknown.
 ATTEMPTS_MAX = 4
 SEGMENT_BYTES_HELD_MAX = 64 * 1024**2
+ORPHAN_BYTES_MAX = 64 * 1024**2
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,6 +351,7 @@ class Claims:
         """
         old = cold.manifest
         h, epoch = old.h, old.epoch + 1
+        orphan = self._put_orphan(h)
         owned = list(old.epochs)
         if owned:
             owned[-1] = [*owned[-1][:3], old.mutation]
@@ -357,15 +362,16 @@ class Claims:
             epochs=[*owned, [epoch, self._node.incarnation, old.head + 1, old.mutation + 1]][-EPOCH_ROWS_MAX:],
             owner=[self._node.incarnation, self._node.name, self._node.address],
             loss=[*old.loss, *([loss] if loss else [])][-LOSS_ROWS_MAX:],
+            orphans=[*old.orphans, *([orphan] if orphan else [])],
             written_ms=now_ms,
         )
 
         def remember(transaction: Transaction) -> bool:
             known = log.read_head(transaction, h)
-            if known is not None and known.phase == PHASE_FENCED and known.is_dirty:
+            if known is not None and known.phase in (PHASE_OWNED, PHASE_RELEASING, PHASE_DOUBTED):
                 return False
-            if known is not None and known.phase == PHASE_OWNED and known.epoch >= epoch:
-                return False
+            if known is not None and known.head_seq > known.cloud_seq and not orphan:
+                return False  # what this node alone has is never given up
             intent = known or head_from_manifest(old, cold.etag, old.epoch, PHASE_CLAIMING)
             intent.claim = [epoch, self._node.incarnation]
             intent.phase = PHASE_CLAIMING
@@ -384,6 +390,35 @@ class Claims:
             etag = found.etag
         self._settle(manifest, etag)
         return True
+
+    def _put_orphan(self, h: bytes) -> list[Any] | None:
+        """Bring the turns that only a fenced hot tier has into the cloud tier; their row for the manifest, or None."""
+        with self._hot.read() as transaction:
+            known = log.read_head(transaction, h)
+            if known is None or known.phase != PHASE_FENCED or known.head_seq <= known.cloud_seq:
+                return None
+            first = known.cloud_seq + 1
+            frames, last = log.frames_between(transaction, h, first, known.head_seq, ORPHAN_BYTES_MAX)
+        if last < known.head_seq:
+            return None  # more than one object holds: kept on the node
+        meta = {
+            "v": 1,
+            "tenant": known.tenant,
+            "session": known.session,
+            "user": known.user,
+            "h": h,
+            "epoch": known.epoch,
+            "first": first,
+            "last": last,
+        }
+        body = envelope.seal(envelope.KIND_ORPHAN, meta, frames)
+        sha256 = hashlib.sha256(body).digest()
+        key = orphan_key(h, known.epoch, first, sha256)
+        try:
+            self._store.put(key, body)
+        except StoreError as error:
+            raise refusal(error) from error
+        return [key, known.epoch, first, last, sha256]
 
     def _settle(self, manifest: Manifest, etag: str) -> None:
         """Make the hot tier hold a session that the cloud tier says is ours."""
@@ -441,6 +476,30 @@ class Claims:
                 transaction.delete("dirty", h)
 
         self._hot.run_blocking(operation)
+
+
+def revalidate(hot: Environment, store: ObjectStore, node: Node, h: bytes) -> None:
+    """Settle a doubted session: ours still if the manifest says so, else fenced. Raises as the store does."""
+    cold = load(store, h)
+
+    def operation(transaction: Transaction) -> None:
+        head = log.read_head(transaction, h)
+        if head is None or head.phase != PHASE_DOUBTED:
+            return
+        manifest = cold.manifest if cold else None
+        ours = manifest is not None and manifest.epoch == head.epoch and manifest.epochs[-1][1] == node.incarnation
+        if ours and manifest is not None and manifest.owner is not None:
+            head.phase = PHASE_OWNED
+        elif ours:
+            # It was released, and the crash came before the row said so: nothing was acknowledged since.
+            head.phase = PHASE_RELEASED
+        else:
+            head.phase = PHASE_FENCED
+        transaction.put("heads", h, encode_head(h, head))
+        if head.phase == PHASE_FENCED:
+            transaction.delete("dirty", h)
+
+    hot.run_blocking(operation)
 
 
 def unavailable_owner(manifest: Manifest) -> SessiondError:

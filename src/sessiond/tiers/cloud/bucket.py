@@ -67,6 +67,11 @@ def segment_index_key(h: bytes, mutation: int, sha256: bytes) -> str:
     return f"s/{h.hex()}/index-{mutation:016x}-{sha256.hex()}"
 
 
+def orphan_key(h: bytes, epoch: int, first_seq: int, sha256: bytes) -> str:
+    """Key of turns that a fenced node had acknowledged and that are in no log."""
+    return f"o/{h.hex()}/{epoch:08x}-{first_seq:016x}-{sha256.hex()}"
+
+
 def lease_key(node: str) -> str:
     """Key of a node's lease."""
     return f"n/{node}"

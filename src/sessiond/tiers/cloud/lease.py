@@ -107,9 +107,10 @@ class Lease:
         }
         self.lost = False
 
-    def acquire(self) -> None:
+    def acquire(self) -> bytes | None:
         """Take the node's name. A predecessor that is provably gone, or stood still long enough, is fenced by it.
 
+        Returns the incarnation that held the name before, None if nobody did.
         Raises Unavailable NODE_NAME_IN_USE, and as the store does.
         """
         stood_still_since: tuple[str, int] | None = None
@@ -124,7 +125,7 @@ class Lease:
             try:
                 if found is None:
                     self._write(sent_ms, if_absent=True)
-                    return
+                    return None
                 holder, _ = envelope.unseal(found.body, envelope.KIND_LEASE, self._key)
                 alive = False if holder.get("released") else is_alive(holder)
                 mine = holder.get("pid") == os.getpid() and holder.get("start_ticks") == self._fields["start_ticks"]
@@ -144,7 +145,7 @@ class Lease:
                         continue
                 self._renewals = int(holder.get("renewals", 0))
                 self._write(sent_ms, if_match=found.etag)
-                return
+                return bytes(holder.get("incarnation", b""))
             except (PreconditionLost, Ambiguous):
                 self._wait(0.05)  # read again and see who it was
             except StoreError as error:

@@ -33,7 +33,9 @@ from sessiond.errors import Conflict, Corrupt, Denied, Exhausted, Invalid, NotFo
 from sessiond.tiers.hot.environment import Transaction
 from sessiond.tiers.hot.rows import (
     IDS_PER_CHUNK,
+    PHASE_DOUBTED,
     PHASE_OWNED,
+    PHASE_RELEASING,
     Head,
     chunk_key,
     decode_head,
@@ -607,6 +609,23 @@ def backfill_rows(transaction: Transaction, h: bytes, frames: bytes, first_seq: 
     head.hot_first = first_seq
     transaction.put("heads", h, encode_head(h, head))
     return True
+
+
+def doubt_owned(transaction: Transaction, start: bytes, limit: int) -> bytes | None:
+    """Doubt every session held as owned, a batch from key `start` on; the key to go on at, or None."""
+    batch: list[tuple[bytes, Head]] = []
+    following: bytes | None = None
+    for key, value in transaction.scan("heads", b"", start):
+        if len(batch) == limit:
+            following = key
+            break
+        head = decode_head(key, value)
+        if head.phase in (PHASE_OWNED, PHASE_RELEASING):
+            batch.append((key, head))
+    for key, head in batch:
+        head.phase = PHASE_DOUBTED
+        transaction.put("heads", key, encode_head(key, head))
+    return following
 
 
 def drop_rows(transaction: Transaction, h: bytes) -> None:

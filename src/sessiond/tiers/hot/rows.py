@@ -17,6 +17,8 @@ PHASE_RELEASING: Final = 3
 PHASE_RELEASED: Final = 4
 # Another node took the session over; unflushed rows are kept for rescue and never served.
 PHASE_FENCED: Final = 5
+# This hot tier did not hold its node's lease all along: whether it still owns the session is to be seen.
+PHASE_DOUBTED: Final = 6
 
 DURABILITY_EDGE: Final = 1
 DURABILITY_CLOUD: Final = 2
