@@ -78,15 +78,20 @@ def hash_of(data_dir: Path, session: str) -> bytes:
 
 
 @contextlib.contextmanager
-def rows(data_dir: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """A write transaction on the hot tier of a stopped daemon, and its tables."""
+def environment(data_dir: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """The hot tier's LMDB environment, beside its daemon or without one, and its tables."""
     env = lmdb.open(str(data_dir / "hot"), max_dbs=len(TABLES), map_size=1024**3, lib_version=0)
     try:
-        tables = {name: env.open_db(name.encode()) for name in TABLES}
-        with env.begin(write=True) as transaction:
-            yield transaction, tables
+        yield env, {name: env.open_db(name.encode()) for name in TABLES}
     finally:
         env.close()
+
+
+@contextlib.contextmanager
+def rows(data_dir: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """A write transaction on the hot tier, and its tables."""
+    with environment(data_dir) as (env, tables), env.begin(write=True) as transaction:
+        yield transaction, tables
 
 
 def contents(folder: Path) -> dict[str, str]:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sessiond.core import envelope
-from sessiond.errors import Unavailable
+from sessiond.errors import Corrupt, Unavailable
 from sessiond.tiers.cloud.bucket import lease_key, refusal
 from sessiond.tiers.cloud.store import Ambiguous, ObjectNotFound, ObjectStore, PreconditionLost, StoreError
 
@@ -111,7 +111,7 @@ class Lease:
         """Take the node's name. A predecessor that is provably gone, or stood still long enough, is fenced by it.
 
         Returns the incarnation that held the name before, None if nobody did.
-        Raises Unavailable NODE_NAME_IN_USE, and as the store does.
+        Raises Unavailable NODE_NAME_IN_USE, Corrupt CORRUPT_MANIFEST or NEWER_FORMAT, and as the store does.
         """
         stood_still_since: tuple[str, int] | None = None
         while True:
@@ -126,7 +126,7 @@ class Lease:
                 if found is None:
                     self._write(sent_ms, if_absent=True)
                     return None
-                holder, _ = envelope.unseal(found.body, envelope.KIND_LEASE, self._key)
+                holder = self._holder(found.body)
                 alive = False if holder.get("released") else is_alive(holder)
                 mine = holder.get("pid") == os.getpid() and holder.get("start_ticks") == self._fields["start_ticks"]
                 if alive and not mine:
@@ -150,6 +150,14 @@ class Lease:
                 self._wait(0.05)  # read again and see who it was
             except StoreError as error:
                 raise refusal(error) from error
+
+    def _holder(self, body: bytes) -> dict[str, Any]:
+        try:
+            return envelope.unseal(body, envelope.KIND_LEASE, self._key)[0]
+        except Corrupt as error:
+            if error.reason == "CORRUPT_MANIFEST":
+                error.remedy = "Make sure that no daemon serves under this node name, then delete this object."
+            raise
 
     def _write(self, sent_ms: int, *, if_absent: bool = False, if_match: str | None = None) -> None:
         self._renewals += 1
