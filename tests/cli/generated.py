@@ -50,6 +50,11 @@ def result(call_id: str, content: Any = "done") -> Json:
     return {"role": "tool", "tool_call_id": call_id, "content": content}
 
 
+def large(size: int) -> Json:
+    """A message of about so many bytes that costs nothing to count: an address is kept, not tokenized."""
+    return {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "https://e.org/" + "x" * size}}]}
+
+
 def messages(dice: random.Random, exchanges: int) -> list[Json]:
     made: list[Json] = [{"role": "system", "content": "You help."}] if dice.random() < 0.7 else []
     for number in range(exchanges):

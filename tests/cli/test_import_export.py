@@ -14,7 +14,7 @@ from sessiond.cli.lines import session_id_of
 from sessiond.client import Client, rewind, user
 from sessiond.testing import Daemon
 from tests.cli.command import process, run
-from tests.cli.generated import ODD, Json, by_id, call, conversations, result, write
+from tests.cli.generated import ODD, Json, by_id, call, conversations, large, result, write
 
 
 def say(text: str) -> Json:
@@ -177,7 +177,7 @@ def test_a_bad_line_or_message_is_told_with_its_place_and_the_others_go_on(
         json.dumps({"id": "role", "messages": [say("a"), {"role": "robot", "content": "b"}]}),
         json.dumps({"id": "empty", "messages": [*(say(f"m{n}") for n in range(70)), say("")]}),
         json.dumps({"id": "orphan", "messages": [say("a"), result("none")]}),
-        json.dumps({"id": "huge", "messages": [say("a"), say("x" * 1_100_000)]}),
+        json.dumps({"id": "huge", "messages": [say("a"), large(1_100_000)]}),
         json.dumps({"id": "surrogate", "messages": [{"role": "user", "content": "\ud800"}]}),
         json.dumps({"id": "metadata", "metadata": {"k": "v" * 20_000}, "messages": [say("a")]}),
         json.dumps(good),
@@ -290,7 +290,7 @@ def test_batches_keep_to_their_bounds(
         return send(self, session_id, batch, present)
 
     monkeypatch.setattr(import_.Importer, "_send", watched)
-    talk = [say("s") for _ in range(150)] + [say("x" * 400_000) for _ in range(5)] + [say("y" * 1_000_000)]
+    talk = [say("s") for _ in range(150)] + [large(400_000) for _ in range(5)] + [large(1_000_000)]
     file = write(tmp_path / "b.jsonl", [{"id": "batched", "messages": talk}])
     assert run("import", file).code == 0
     assert client.get_session("batched").head.seq == 156

@@ -13,7 +13,7 @@ from sessiond.cli import import_
 from sessiond.client import Client, user
 from sessiond.testing import Daemon, running_daemon
 from tests.cli.command import run
-from tests.cli.generated import Json, by_id, conversations, write
+from tests.cli.generated import Json, by_id, conversations, large, write
 
 
 def say(text: str) -> Json:
@@ -185,7 +185,7 @@ def test_a_draining_daemon_ends_the_import_as_unavailable(
 
 def test_a_full_hot_tier_ends_the_import_as_exhausted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(import_, "RETRY_S", 0.2)
-    talk = [say("a word or two " * 7000) for _ in range(100)]
+    talk = [large(100_000) for _ in range(100)]
     file = write(tmp_path / "f.jsonl", [{"id": f"c{n}", "messages": talk} for n in range(4)])
     with running_daemon(map_size_bytes=16 * 1024**2, flush_interval_ms=3_600_000) as daemon:
         ran = run("import", file, "--server", daemon.address, "--json")
