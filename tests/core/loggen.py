@@ -404,3 +404,15 @@ def logs(min_turns: int = 0, max_turns: int = 30) -> st.SearchStrategy[Log]:
 def small_logs(max_turns: int = 30, rewinds: bool = True) -> st.SearchStrategy[Log]:
     """Logs whose counts are small enough for budgets to matter."""
     return _lists(actions(_SMALL_COUNTS, rewinds), 0, max_turns).map(Log.of)
+
+
+@st.composite
+def budgets(draw: st.DrawFn, log: Log, slot: int) -> tuple[int, int]:
+    """(tail_tokens, tail_tokens_exact) close to where one message more or less fits, or anywhere."""
+    totals, total = [0], 0
+    for header in reversed(log.live()):
+        total += header.tokens[slot]
+        totals.append(total)
+    near = st.tuples(st.sampled_from(totals), st.integers(-1, 2)).map(lambda pair: max(0, sum(pair)))
+    tail, exact = sorted((draw(near), draw(st.one_of(near, st.integers(0, 300)))))
+    return tail, draw(st.sampled_from((exact, exact, tail)))

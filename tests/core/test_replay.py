@@ -29,7 +29,19 @@ from sessiond.core.layout import (
     SUPERSEDED_RANGES_MAX,
 )
 from sessiond.errors import Corrupt, Exhausted
-from tests.core.loggen import EXAMPLES, HASH, OTHER_HASH, Action, Log, Rewind, Say, build_log, logs, random_log
+from tests.core.loggen import (
+    EXAMPLES,
+    HASH,
+    OTHER_HASH,
+    Action,
+    Log,
+    Rewind,
+    Say,
+    Summarise,
+    build_log,
+    logs,
+    random_log,
+)
 
 often = settings(max_examples=EXAMPLES, deadline=None)
 
@@ -192,6 +204,20 @@ def test_superseded_ranges_are_kept_up_to_their_limit() -> None:
     assert len(state.superseded) == SUPERSEDED_RANGES_MAX
     assert state.superseded[-1] == [len(actions) - 1, len(actions) - 1]
     assert state.superseded[0] == [3 * 6 + 2, 3 * 6 + 2]
+
+
+def test_a_summary_takes_effect_if_it_extends_the_coverage_or_starts_over() -> None:
+    log = Log.of([say()] * 9)
+    for how, reach, expected in (
+        (0, 2, [[1, 3]]),  # extends
+        (2, 1, [[1, 3]]),  # leaves a gap
+        (3, 1, [[1, 3]]),  # claims another chain
+        (0, 1, [[1, 3], [4, 5]]),
+        (1, 3, [[1, 3], [4, 5]]),  # starts over and reaches less far
+        (1, 6, [[1, 7]]),  # starts over and reaches beyond
+    ):
+        log.do(Summarise(how, reach, (3, 3, 0)))
+        assert [row[1:3] for row in log.places[11]] == expected
 
 
 def test_results_pair_with_the_nearest_earlier_unanswered_call() -> None:

@@ -27,7 +27,7 @@ from sessiond.core.layout import (
     ROLE_USER,
 )
 from sessiond.errors import Corrupt, SessiondError
-from tests.core.loggen import EXAMPLES, HASH, OTHER_HASH, Log, Say, logs, random_log, small_logs
+from tests.core.loggen import EXAMPLES, HASH, OTHER_HASH, Log, Say, budgets, logs, random_log, small_logs
 
 NAMES = [name for name in _kernel.__all__ if name != "COMPILED"]
 thorough = settings(
@@ -116,18 +116,17 @@ def test_twins_agree_on_real_logs(log: Log) -> None:
 @thorough
 @given(small_logs(), st.data())
 def test_twins_agree_on_windows(log: Log, data: st.DataObject) -> None:
-    number = st.integers(0, 80)
-    places = log.places
-    tail = data.draw(number)
+    places, slot = log.places, data.draw(st.integers(0, 2))
+    tail, exact = data.draw(budgets(log, slot))
     args = (
-        data.draw(st.integers(0, 2)),
-        data.draw(st.sampled_from((places[5], log.seq, log.seq + 1))),
-        data.draw(st.sampled_from((places[9], 0, log.seq))),
-        data.draw(st.integers(1, 4)),
+        slot,
+        data.draw(st.sampled_from((places[5], places[5], log.seq, log.seq + 1))),
+        data.draw(st.sampled_from((places[9], places[9], 0, log.seq))),
+        data.draw(st.sampled_from((1, 2, 3, 4, 4, 4))),
         data.draw(st.integers(1, 4)),
         tail,
-        tail + data.draw(number),
-        data.draw(st.integers(1, 40)),
+        exact,
+        data.draw(st.one_of(st.just(max(1, tail // 4)), st.integers(1, 40))),
         data.draw(st.integers(0, log.seq + 1)),
     )
     agree_or_corrupt("fit_window", HASH, split(data, log.frames), *args)

@@ -27,7 +27,7 @@ from sessiond.core.layout import (
     Header,
 )
 from sessiond.errors import Corrupt
-from tests.core.loggen import EXAMPLES, HASH, Log, Say, build_log, small_logs
+from tests.core.loggen import EXAMPLES, HASH, Log, Say, budgets, build_log, small_logs
 
 often = settings(max_examples=EXAMPLES, deadline=None)
 
@@ -43,11 +43,14 @@ class Wish(NamedTuple):
 
 
 @st.composite
-def wishes(draw: st.DrawFn) -> Wish:
-    tail = draw(st.integers(0, 250))
-    exact = tail + draw(st.sampled_from((0, 0, 5, 60)))
+def windows(draw: st.DrawFn, max_turns: int = 30) -> tuple[Log, Wish]:
+    """A log and a wish whose budgets lie where they make a difference."""
+    log = draw(small_logs(max_turns))
+    slot = draw(st.integers(0, 1))
+    tail, exact = draw(budgets(log, slot))
     mode = draw(st.sampled_from((MODE_HYBRID, MODE_HYBRID, MODE_FULL, MODE_LAST_N, MODE_SUMMARY)))
-    return Wish(mode, draw(st.integers(1, 4)), tail, exact, draw(st.integers(1, 80)), draw(st.integers(0, 1)))
+    stride = draw(st.one_of(st.just(max(1, tail // 4)), st.integers(1, 80)))
+    return log, Wish(mode, draw(st.integers(1, 4)), tail, exact, stride, slot)
 
 
 def fit(log: Log, wish: Wish, rows: list[bytes] | None = None) -> tuple[Any, ...]:
@@ -104,8 +107,11 @@ def ranges_of(headers: list[Header]) -> list[tuple[int, int]]:
 
 
 @often
-@given(small_logs(), wishes(), st.data())
-def test_a_window_is_the_one_due_whole_contiguous_and_within_budget(log: Log, wish: Wish, data: st.DataObject) -> None:
+@given(windows(), st.data())
+def test_a_window_is_the_one_due_whole_contiguous_and_within_budget(
+    case: tuple[Log, Wish], data: st.DataObject
+) -> None:
+    log, wish = case
     wish = wish._replace(since_seq=data.draw(st.integers(0, log.seq + 1)))
     live = log.live()
     answer = fit(log, wish)
@@ -130,8 +136,9 @@ def test_a_window_is_the_one_due_whole_contiguous_and_within_budget(log: Log, wi
 
 
 @often
-@given(small_logs(max_turns=40), wishes())
-def test_a_window_never_splits_a_tool_exchange(log: Log, wish: Wish) -> None:
+@given(windows(max_turns=40))
+def test_a_window_never_splits_a_tool_exchange(case: tuple[Log, Wish]) -> None:
+    log, wish = case
     answer = fit(log, wish)
     if answer[0] != FIT_OK:
         return
@@ -146,8 +153,9 @@ def test_a_window_never_splits_a_tool_exchange(log: Log, wish: Wish) -> None:
 
 
 @often
-@given(small_logs(), wishes())
-def test_rows_fed_one_by_one_lead_to_the_same_window(log: Log, wish: Wish) -> None:
+@given(windows())
+def test_rows_fed_one_by_one_lead_to_the_same_window(case: tuple[Log, Wish]) -> None:
+    log, wish = case
     rows = log.frames  # each a row of its own
     whole = fit(log, wish, rows)
     given_rows: list[bytes] = []
@@ -193,8 +201,9 @@ def test_the_start_stands_still_for_a_stride_and_then_jumps() -> None:
 
 
 @often
-@given(small_logs(), wishes(), st.data())
-def test_damage_within_a_window_is_corrupt(log: Log, wish: Wish, data: st.DataObject) -> None:
+@given(windows(), st.data())
+def test_damage_within_a_window_is_corrupt(case: tuple[Log, Wish], data: st.DataObject) -> None:
+    log, wish = case
     log.do(Say(ROLE_USER, (("text", "hi"),), (1, 1, 0)))
     wish = wish._replace(exact=10**9)
     answer = fit(log, wish)
@@ -255,6 +264,19 @@ def test_a_window_does_not_start_between_a_call_and_its_result() -> None:
     )
     starts = [fit(log, Wish(MODE_FULL, 0, budget, budget, 0))[1] for budget in (10, 20, 30, 39, 40, 49, 50)]
     assert starts == [5, 5, 5, 5, 2, 2, 1]
+
+
+def test_a_window_does_not_start_at_an_answer_given_while_a_call_is_open() -> None:
+    log = Log.of(
+        [
+            Say(ROLE_USER, (("text", "hi"),), (10, 10, 0)),
+            Say(ROLE_ASSISTANT, (("call", "a"),), (10, 10, 0)),
+            Say(ROLE_ASSISTANT, (("text", "wait"),), (10, 10, 0)),
+            Say(ROLE_TOOL, (("result", 0),), (10, 10, 0)),
+        ]
+    )
+    assert fit(log, Wish(MODE_FULL, 0, 29, 29, 0)) == (FIT_NOTHING, 30)
+    assert fit(log, Wish(MODE_FULL, 0, 30, 30, 0))[1] == 2
 
 
 @often

@@ -54,7 +54,7 @@ def draw(figures: Figures) -> str:
 def ms_text(value: float) -> str:
     """A time with three digits: 0.87 ms, 12.4 ms, 1.28 s."""
     if value >= 1000:
-        return f"{value / 1000:.3g} s" if value < 100_000 else f"{value / 1000:.0f} s"
+        return f"{value / 1000:.2f} s" if value < 10_000 else f"{value / 1000:.1f} s"
     return f"{value:.2f} ms" if value < 10 else f"{value:.1f} ms" if value < 100 else f"{value:.0f} ms"
 
 
@@ -96,7 +96,7 @@ def _tokens(growth: Growth) -> Iterator[str]:
     left, top, right, bottom = TOKENS
     points = _thinned(growth.points)
     x_max = max(1, growth.turns)
-    y_top = max((max(context, transcript) for _, context, transcript in points), default=1)
+    y_top = max([1, *(max(context, transcript) for _, context, transcript in points)])
     y_ticks = _linear_ticks(y_top)
     y_max = y_ticks[-1]
 

@@ -622,5 +622,6 @@ def next_command(screen: Screen, out: Path, session_id: str) -> None:
     data = shlex.quote(_short(out / DATA))
     screen.line()
     screen.line("Next, on the conversations that are still there:")
-    screen.line(f"    {command} serve --data-dir {data} &")
+    screen.line(f"    {command} serve --data-dir {data}")
+    screen.line("and in another terminal:")
     screen.line(f"    {command} resume {shlex.quote(session_id)} --budget {BUDGET_TOKENS}")

@@ -48,11 +48,12 @@ class HotSource:
         self._transaction = transaction
         self._h = h
         self._hot_first = head.hot_first
+        self._cursor = transaction.cursor("turns")
 
     def row_for(self, seq: int) -> Any:
         """As Source says."""
         if seq >= self._hot_first:
-            row = log.row_for(self._transaction, self._h, seq)
+            row = log.row_at(self._cursor, self._h, seq)
             if row is not None:
                 return row[1]
         raise log.HistoryNeeded(seq, self._hot_first - 1)

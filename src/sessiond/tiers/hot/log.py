@@ -129,7 +129,11 @@ def write_head(transaction: Transaction, h: bytes, head: Head, now_ms: int) -> N
 
 def row_for(transaction: Transaction, h: bytes, seq: int) -> tuple[int, Any] | None:
     """(first seq, frames) of the row that starts at or below seq; None if there is none."""
-    cursor = transaction.cursor("turns")
+    return row_at(transaction.cursor("turns"), h, seq)
+
+
+def row_at(cursor: Any, h: bytes, seq: int) -> tuple[int, Any] | None:
+    """The same with a cursor over `turns` that is used again: a window takes several rows."""
     key = seq_key(h, seq)
     if not cursor.set_range(key):
         if not cursor.last():
