@@ -152,6 +152,24 @@ def test_another_conversation_of_the_same_id_is_a_conflict_and_the_others_go_on(
     assert [turn.seq for turn in client.list_turns("taken")] == [1, 2, 3]
 
 
+def test_whoever_appends_in_between_is_not_overtaken(
+    daemon: Daemon, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send = import_.Importer._send
+
+    def overtaken(self, session_id, batch, present):
+        if present == 64:
+            client.append(session_id, user("live"))
+        return send(self, session_id, batch, present)
+
+    monkeypatch.setattr(import_.Importer, "_send", overtaken)
+    file = write(tmp_path / "o.jsonl", [{"id": "raced", "messages": [say(f"m{n}") for n in range(100)]}])
+    ran = run("import", file, "--json")
+    assert (ran.code, ran.json["reasons"], ran.json["turns_added"]) == (9, {"EXPECTED_MISMATCH": 1}, 64)
+    assert f"{file}:1" in ran.err
+    assert client.get_session("raced").head.seq == 65
+
+
 def test_a_session_of_another_user_is_a_conflict(daemon: Daemon, tmp_path: Path) -> None:
     run("import", write(tmp_path / "1.jsonl", [{"id": "anns", "user": "ann", "messages": [say("a")]}]))
     ran = run("import", write(tmp_path / "2.jsonl", [{"id": "anns", "user": "bob", "messages": [say("a")]}]), "--json")
