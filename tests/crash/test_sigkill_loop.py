@@ -1,4 +1,4 @@
-"""SIGKILL at any moment under concurrent writers: every acknowledged turn there once and in order, versions never back."""
+"""SIGKILL at any moment under concurrent writers: every acknowledged turn once and in order, versions never back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The whole line over a real S3 server: claims, flushes, segments, the loss of the disk, and one GET per cold resume."""
+"""The whole line over a real S3 server: claims, flushes, segments, a lost disk, and one GET per cold resume."""
 
 from __future__ import annotations
 
