@@ -16,7 +16,17 @@ import pytest
 import sessiond
 from sessiond.demo import __main__ as demo
 from sessiond.demo import picture, show
-from sessiond.demo.figures import AFTER_DRAIN, AFTER_KILL, AFTER_LOSS, Figures, Growth, Latency, Promise, percentile
+from sessiond.demo.figures import (
+    AFTER_DRAIN,
+    AFTER_KILL,
+    AFTER_LOSS,
+    UNDER_LOAD,
+    Figures,
+    Growth,
+    Latency,
+    Promise,
+    percentile,
+)
 from sessiond.testing import running_daemon
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -164,7 +174,7 @@ def some_figures() -> Figures:
     figures = Figures(Growth(4000, 2000, [(n, min(n * 50, 3500), n * 50) for n in range(1, 2000, 2)]))
     for name, base in (("HOT", 0.9), ("CLOUD", 2.0), ("PARTIAL", 2.5)):
         figures.rungs[name].samples_ms = [base * (1 + n / 50) for n in range(100)]
-    figures.restarts[AFTER_KILL] = Latency([400.0, 500.0])
+    figures.restarts[UNDER_LOAD] = Latency([400.0, 500.0])
     figures.first_contexts[AFTER_KILL] = Latency([600.0])
     figures.promises.append(Promise("the sun rises", False, "it is night"))
     figures.facts = {"seconds": 1.0, "longest_session": "a"}

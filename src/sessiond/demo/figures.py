@@ -12,6 +12,7 @@ from typing import Any, Final
 P95_SAMPLES_MIN: Final = 20
 # What a restart can find.
 FIRST: Final = "a new folder"
+UNDER_LOAD: Final = "kill -9 under load"
 AFTER_KILL: Final = "kill -9, disk there"
 AFTER_DRAIN: Final = "drained, disk deleted"
 AFTER_LOSS: Final = "kill -9, disk deleted"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 from xml.sax.saxutils import escape
 
-from sessiond.demo.figures import AFTER_KILL, Figures, Growth, Latency
+from sessiond.demo.figures import UNDER_LOAD, Figures, Growth, Latency
 
 WIDTH: Final = 1280
 HEIGHT: Final = 650
@@ -22,6 +22,9 @@ SOFT: Final = "#5b6875"
 GRID: Final = "#e3e8ed"
 SAVED: Final = "#dcebf7"
 BLUE: Final = "#0b5cad"
+# What is said inside the shaded area.
+LABEL_WIDTH: Final = 240.0
+LABEL_HEIGHT: Final = 64.0
 # A curve with more points than this looks the same.
 POINTS_MAX: Final = 1000
 FONT: Final = "system-ui, 'Segoe UI', 'DejaVu Sans', Arial, sans-serif"
@@ -67,7 +70,7 @@ def _finding(figures: Figures) -> str:
 
 
 def _second_line(figures: Figures) -> str:
-    killed, rungs = figures.restarts.get(AFTER_KILL, Latency()), figures.rungs
+    killed, rungs = figures.restarts.get(UNDER_LOAD, Latency()), figures.rungs
     return (
         f"After kill -9 it serves again in {ms_text(killed.p50_ms)}; then a session's context takes"
         f" {ms_text(rungs['HOT'].p50_ms)} from the node's disk, {ms_text(rungs['CLOUD'].p50_ms)} from the cloud tier"
@@ -118,8 +121,8 @@ def _tokens(growth: Growth) -> Iterator[str]:
     full = [(x(turns), y(transcript)) for turns, _, transcript in points]
     context = [(x(turns), y(tokens)) for turns, tokens, _ in points]
     yield f'<path d="{_path([*full, *reversed(context)])}Z" fill="{SAVED}"/>'
-    below = [*context, (context[-1][0], bottom), (context[0][0], bottom)]
-    yield f'<path d="{_path(below)}Z" fill="{BLUE}" opacity="0.35"/>'
+    covered = [*context, (context[-1][0], bottom), (context[0][0], bottom)]
+    yield f'<path d="{_path(covered)}Z" fill="{BLUE}" opacity="0.35"/>'
     yield f'<path d="{_path(full)}" fill="none" stroke="{INK}" stroke-width="2"/>'
     yield f'<path d="{_path(context)}" fill="none" stroke="{BLUE}" stroke-width="2"/>'
     yield _line(left, bottom, right, bottom, SOFT)
@@ -135,10 +138,14 @@ def _tokens(growth: Growth) -> Iterator[str]:
         left + 18, top + 106, f"{growth.context_tokens:,} over all calls; budget {growth.budget_tokens:,}", fill=SOFT
     )
     saved = growth.transcript_tokens - growth.context_tokens
-    if growth.share < 0.6:
-        at = x(0.70 * x_max), y(0.27 * y_max)
-        yield _text(at[0], at[1], f"{_short_count(saved)} tokens not sent", anchor="middle", weight=600)
-        yield _text(at[0], at[1] + 20, f"{_percent(1 - growth.share)} of the whole", anchor="middle", fill=SOFT)
+    # In the shaded area, as far to the right as it goes, if there is room between the curves.
+    start = right - LABEL_WIDTH
+    above = next((at for over, at in full if over >= start), bottom)
+    below = min((at for over, at in context if over >= start), default=bottom)
+    if below - above > LABEL_HEIGHT:
+        middle = (start + right) / 2, (above + below) / 2
+        yield _text(*middle, f"{_short_count(saved)} tokens not sent", anchor="middle", weight=600)
+        yield _text(middle[0], middle[1] + 20, f"{_percent(1 - growth.share)} of the whole", anchor="middle", fill=SOFT)
 
 
 def _thinned(points: Sequence[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
@@ -154,8 +161,8 @@ def _latency(figures: Figures) -> Iterator[str]:
     left, top, right, bottom = TIMES
     rows = [(name, _ROWS.get(name, ""), latency) for name, latency in figures.rungs.items() if latency.samples_ms]
     rungs = len(rows)
-    if AFTER_KILL in figures.restarts:
-        rows.append(("restart to serving", AFTER_KILL, figures.restarts[AFTER_KILL]))
+    if UNDER_LOAD in figures.restarts:
+        rows.append(("restart to serving", UNDER_LOAD, figures.restarts[UNDER_LOAD]))
     rows += [("restart to first context", found, latency) for found, latency in figures.first_contexts.items()]
     low = min((latency.p50_ms for _, _, latency in rows), default=1.0)
     high = max((latency.high_ms for _, _, latency in rows), default=1.0)

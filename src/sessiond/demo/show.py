@@ -24,7 +24,17 @@ from sessiond.cli.export import missing_text, read_messages
 from sessiond.cli.import_ import to_turn
 from sessiond.client import Client, Context, Invalid, Unavailable, assistant, context_spec, user
 from sessiond.demo import picture, sample
-from sessiond.demo.figures import AFTER_DRAIN, AFTER_KILL, AFTER_LOSS, FIRST, Figures, Growth, Latency, Promise
+from sessiond.demo.figures import (
+    AFTER_DRAIN,
+    AFTER_KILL,
+    AFTER_LOSS,
+    FIRST,
+    UNDER_LOAD,
+    Figures,
+    Growth,
+    Latency,
+    Promise,
+)
 from sessiond.demo.load import Load
 from sessiond.demo.screen import Screen
 from sessiond.testing import Daemon, running_daemon
@@ -265,13 +275,13 @@ class _Show:
                     load.wait_for(plan.acks_between_kills)
                     killed_at = time.monotonic()
                     daemon.kill()
-                    self._start(AFTER_KILL)
+                    self._start(UNDER_LOAD)
                     figures.outage.add_s(load.wait_for(1) - killed_at)
                     advance(1)
                 load.wait_for(plan.acks_between_kills)
         finally:
             load.stop()
-        restart, outage = figures.restarts[AFTER_KILL], figures.outage
+        restart, outage = figures.restarts[UNDER_LOAD], figures.outage
         screen.note(
             f"{load.acks:,} turns acknowledged, {load.cloud_acks:,} of them at CLOUD durability; {load.answers_lost}"
             " had been written when a crash took the answer, and were recognised when they were sent again"
