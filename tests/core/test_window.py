@@ -200,6 +200,16 @@ def test_the_start_stands_still_for_a_stride_and_then_jumps() -> None:
     assert moves == 160 - 1 or moves == 160
 
 
+def test_what_varies_from_call_to_call_does_not_move_the_start() -> None:
+    log = Log()
+    for turn in range(60):
+        log.do(Say(ROLE_ASSISTANT if turn % 2 else ROLE_USER, (("text", "hi"),), (10, 10, 0)))
+    for tail in range(40, 400, 7):
+        starts = {fit(log, Wish(MODE_HYBRID, 0, tail, exact, tail // 4))[1] for exact in range(tail, tail + 120, 5)}
+        assert len(starts) == 1
+        assert 10 * (log.seq + 1 - starts.pop()) <= tail
+
+
 @often
 @given(windows(), st.data())
 def test_damage_within_a_window_is_corrupt(case: tuple[Log, Wish], data: st.DataObject) -> None:
