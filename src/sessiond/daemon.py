@@ -28,6 +28,7 @@ from sessiond.tiers.hot.environment import Environment
 from sessiond.tiers.hot.log import doubt_owned
 from sessiond.tiers.hydrate import Claims, Segments
 from sessiond.tiers.hydrate import Node as NodeIdentity
+from sessiond.tiers.local_disk import refuse_network
 from sessiond.tokens import Tokenizer
 from sessiond.transport.server import Server
 from sessiond.v1 import admin_pb2
@@ -36,6 +37,7 @@ log = structlog.get_logger("sessiond")
 
 STORE_THREADS = 32
 STOP_GRACE_S = 2.0
+WARM_AFTER_S = 3.0
 DOUBTED_PER_COMMIT = 1000
 
 
@@ -86,6 +88,7 @@ class Daemon:
         opened.callback(store.close)
         bucket = open_bucket(store, bytes.fromhex(settings.hash_key), now_ms())
         ensure_fit(store)
+        refuse_network(str(settings.hot_dir), "data_dir")
         hot = Environment(settings.hot_dir, settings.map_size_bytes, settings.readers_max, settings.commit_group_max)
         opened.callback(hot.close)
         hot.bind_store(bucket.store_id)
@@ -130,8 +133,12 @@ class Daemon:
         server.serve(sessions, node)
         node.phase = admin_pb2.NODE_PHASE_SERVING
         await server.start()
-        # Loading a vocabulary takes a quarter of a second that the first append would wait for, and no resume needs.
-        threading.Thread(target=tokenizer.warm, name="vocabulary", daemon=True).start()
+        # Loading the vocabularies holds the interpreter for a quarter of a second that those who reconnect after a
+        # restart must not wait for; the first append loads what it needs if it comes earlier.
+        warm = threading.Timer(WARM_AFTER_S, tokenizer.warm)
+        warm.daemon = True
+        warm.start()
+        opened.callback(warm.cancel)
         # What was imported stays for good: full collections need not walk it (4 to 12 ms each, bench/README.md).
         gc.freeze()
         log.info(telemetry.SERVING, listen=settings.listen, port=self.port, cloud=store.url, hot=str(hot.path))

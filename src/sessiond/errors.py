@@ -79,6 +79,11 @@ class Reason:
     retry_after_ms: int | None = None
 
 
+_MOVE_HOT_ASIDE = (
+    "Run sessiond verify to see how much is hurt. Stop the daemon, move data_dir/hot aside and start it again:"
+    " sessions come back from the cloud tier and say what may be missing."
+)
+
 REASONS: dict[str, Reason] = {
     # requests
     "MALFORMED_REQUEST": Reason(Invalid, "INVALID_ARGUMENT", "Send a message of the published proto."),
@@ -191,8 +196,8 @@ REASONS: dict[str, Reason] = {
     ),
     "DEADLINE_TOO_SHORT": Reason(Unavailable, "DEADLINE_EXCEEDED", "Allow the call more time."),
     # what was read back
-    "CORRUPT_FRAME": Reason(Corrupt, "DATA_LOSS", "Run sessiond verify; restore the session from the cloud tier."),
-    "CORRUPT_HOT_ROW": Reason(Corrupt, "DATA_LOSS", "Run sessiond verify; restore the session from the cloud tier."),
+    "CORRUPT_FRAME": Reason(Corrupt, "DATA_LOSS", _MOVE_HOT_ASIDE),
+    "CORRUPT_HOT_ROW": Reason(Corrupt, "DATA_LOSS", _MOVE_HOT_ASIDE),
     "CORRUPT_SEGMENT": Reason(Corrupt, "DATA_LOSS", "Run sessiond verify; restore the object from a backup."),
     "CORRUPT_MANIFEST": Reason(Corrupt, "DATA_LOSS", "Run sessiond verify; restore the object from a backup."),
     "MISSING_SEGMENT": Reason(Corrupt, "DATA_LOSS", "Run sessiond verify; restore the object from a backup."),

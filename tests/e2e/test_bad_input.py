@@ -420,6 +420,16 @@ BAD_TURNS: dict[str, tuple[turn_pb2.TurnInput, str, str]] = {
         "INVALID_POLICY",
         ".state.policy.strategy",
     ),
+    "extra fields that are no JSON": (
+        turn(message=turn_pb2.Message(parts=[turn_pb2.Part(text="x")], extra_json=b"{")),
+        "INVALID_TURN",
+        ".message.extra_json",
+    ),
+    "an original that is no JSON object": (
+        turn(message=turn_pb2.Message(parts=[turn_pb2.Part(text="x")], original_json=b"[1]")),
+        "INVALID_TURN",
+        ".message.original_json",
+    ),
     "a rewind beyond the head": (
         turn(role=0, rewind=turn_pb2.Rewind(to_seq=10_000)),
         "INVALID_REWIND",

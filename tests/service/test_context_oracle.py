@@ -119,6 +119,8 @@ def compare(rng: random.Random, frames: list[bytes], state: states.State, oracle
         for seq in range(span.first_seq, span.last_seq + 1)
     }
     assert {turn["seq"] for turn in oracle.live} <= named
+    left_out = {seq for span in context.receipt.omitted for seq in range(span.first_seq, span.last_seq + 1)}
+    assert not left_out & {*seqs, context.instructions.seq}
     if not seqs:
         return "empty"
     return "whole" if len(seqs) == len(oracle.live) else "cut"

@@ -257,7 +257,11 @@ def build(source: Source, h: bytes, state: State, spec: Spec, standing: Standing
     for low, high in ranges:
         receipt.verbatim.add(first_seq=low, last_seq=high)
     if before_seq > covered:
-        receipt.omitted.add(first_seq=covered + 1, last_seq=before_seq)
+        # The instructions are shown wherever they stand.
+        shown = instructions[0] if instructions else 0
+        for low, high in ((covered + 1, min(before_seq, shown - 1)), (max(covered, shown) + 1, before_seq)):
+            if low <= high:
+                receipt.omitted.add(first_seq=low, last_seq=high)
     pins = pin_protos(state)
     for pin in pins:
         prefix.update(pin.SerializeToString(deterministic=True))

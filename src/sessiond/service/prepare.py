@@ -5,6 +5,7 @@ It promises that whatever it refuses names the field and the remedy. It reads no
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -213,12 +214,27 @@ class Spec:
         self.key = b"".join(number.to_bytes(4, "little") for number in numbers) + inputs
 
 
+def _check_json(raw: bytes, field: str, reason: str) -> None:
+    """Raises Invalid if the bytes are there and are no JSON object: no client could give the message back then."""
+    if not raw:
+        return
+    try:
+        if isinstance(json.loads(raw), dict):
+            return
+    except (ValueError, RecursionError):
+        pass
+    raise invalid(reason, field, "it is no JSON object")
+
+
 def _check_message(message: turn_pb2.Message, role: int, field: str, reason: str = "INVALID_TURN") -> None:
     if len(message.parts) > PARTS_MAX:
         raise invalid(reason, f"{field}.parts", f"{len(message.parts)} parts, over the limit of {PARTS_MAX}")
+    for name in ("extra_json", "original_json"):
+        _check_json(getattr(message, name), f"{field}.{name}", reason)
     has_content = False
     for index, part in enumerate(message.parts):
         where = f"{field}.parts[{index}]"
+        _check_json(part.extra_json, f"{where}.extra_json", reason)
         kind = part.WhichOneof("kind")
         if kind is None:
             raise invalid(reason, where, "no kind of part is set")

@@ -56,6 +56,7 @@ from sessiond.tiers.hot.rows import (
     PHASE_RELEASING,
     Head,
     decode_committed,
+    unwrap_text,
 )
 from sessiond.tiers.hydrate import (
     Claims,
@@ -429,9 +430,13 @@ class Sessions:
         response = session_pb2.ListSessionsResponse(incomplete=True)
         last = ""
         with self._hot.read() as transaction:
-            for key, _ in transaction.scan("users", prefix, start):
+            for key, name in transaction.scan("users", prefix, start):
                 h = key[-16:]
-                head = log.read_head(transaction, h)
+                try:
+                    head = log.read_head(transaction, h)
+                except Corrupt as error:
+                    response.unreadable.add(session_id=unwrap_text(h, "users", name), reason=error.reason)
+                    continue
                 if head is None or head.phase != PHASE_OWNED:
                     continue
                 if len(response.sessions) == size:

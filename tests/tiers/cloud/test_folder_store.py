@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 
 from sessiond import errors
+from sessiond.tiers import local_disk
 from sessiond.tiers.cloud import folder
-from sessiond.tiers.cloud.folder import FolderStore, filesystem_of
+from sessiond.tiers.cloud.folder import FolderStore
 from sessiond.tiers.cloud.store import (
     Ambiguous,
     BucketMissing,
@@ -683,8 +684,8 @@ broken line
     ],
 )
 def test_the_filesystem_of_a_path_is_that_of_its_innermost_newest_mount(path: str, kind: str):
-    assert filesystem_of(path, MOUNTS) == kind
-    assert filesystem_of(path, "") == ""
+    assert local_disk.filesystem_of(path, MOUNTS) == kind
+    assert local_disk.filesystem_of(path, "") == ""
 
 
 @pytest.mark.parametrize(
@@ -698,7 +699,7 @@ def test_network_filesystems_are_refused_before_anything_is_made(
 ):
     mounts = root.with_name("mountinfo")
     mounts.write_text(f"27 1 254:0 / / rw - ext4 x rw\n30 27 0:50 / {root.parent} rw - {kind} x rw\n")
-    monkeypatch.setattr(folder, "MOUNTINFO", str(mounts))
+    monkeypatch.setattr(local_disk, "MOUNTINFO", str(mounts))
     if fine:
         FolderStore(root)
         return
@@ -709,5 +710,5 @@ def test_network_filesystems_are_refused_before_anything_is_made(
 
 
 def test_a_system_that_does_not_list_its_mounts_is_let_in(root: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(folder, "MOUNTINFO", str(root / "nowhere"))
+    monkeypatch.setattr(local_disk, "MOUNTINFO", str(root / "nowhere"))
     FolderStore(root).put("m/1", b"one")

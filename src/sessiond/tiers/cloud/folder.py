@@ -53,6 +53,7 @@ from sessiond.tiers.cloud.store import (
     StoreError,
     StoreUnavailable,
 )
+from sessiond.tiers.local_disk import refuse_network
 
 # Part of the layout: releases that share a folder have to agree on which lock guards a key.
 SHARDS = 64
@@ -62,14 +63,6 @@ LOCK_POLL_MS_MAX = 5
 # Folders that this process knows to be on disk; forgetting one costs one extra fsync.
 DURABLE_FOLDERS_MAX = 8_192
 ETAG_BYTES = 16
-
-MOUNTINFO = "/proc/self/mountinfo"
-
-NETWORK_FILESYSTEMS = {"9p", "afs", "cifs", "coda", "ncpfs", "nfs", "nfs4", "smb3", "smbfs"}
-CLUSTER_FILESYSTEMS = {"beegfs", "ceph", "glusterfs", "gpfs", "lustre", "orangefs", "pvfs2"}
-# Any other FUSE filesystem is taken for remote (sshfs, s3fs, gcsfuse, ...): a wrong refusal costs the operator another
-# folder, a wrong trust costs turns. `fuseblk` is a local disk by definition and needs no entry.
-LOCAL_FUSE_FILESYSTEMS = {"bindfs", "cryfs", "encfs", "ext2", "fuse-overlayfs", "fuse2fs", "gocryptfs", "mergerfs"}
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _REFUSED = (errno.EACCES, errno.EPERM)
@@ -104,7 +97,7 @@ class FolderStore(ObjectStore):
         self._broken = ""
         self._doubtful: set[str] = set()
         self.url = Path(self._root).as_uri()
-        _refuse_network(self._root)
+        refuse_network(self._root, "cloud")
         try:
             self._lay_out()
             self._clear_leftovers()
@@ -468,40 +461,6 @@ class FolderStore(ObjectStore):
         if error.errno in _FULL:
             return StoreUnavailable(key, f"the disk of {self._root} is full; nothing was written")
         return StoreUnavailable(key, detail)
-
-
-def filesystem_of(path: str, mountinfo: str) -> str:
-    """The type of the filesystem that holds the absolute path, by the text of /proc/self/mountinfo (proc(5)); or ''.
-
-    The longest mount point wins, and of equal ones the last, which hides the others.
-    """
-    found, longest = "", -1
-    for line in mountinfo.splitlines():
-        mount, _, source = line.partition(" - ")
-        fields = mount.split(" ")
-        if len(fields) < 6:
-            continue
-        point = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), fields[4]).rstrip("/")
-        if len(point) >= longest and (path == point or path.startswith(point + "/")):
-            found, longest = source.split(" ")[0], len(point)
-    return found
-
-
-def _refuse_network(root: str) -> None:
-    os.path.exists(root)  # an automount shows its real type only once it was touched
-    try:
-        with open(MOUNTINFO, encoding="utf-8", errors="surrogateescape") as mounts:
-            kind = filesystem_of(root, mounts.read())
-    except OSError:
-        return  # not Linux: the probe at start is what remains
-    family, _, name = kind.partition(".")
-    if kind in NETWORK_FILESYSTEMS | CLUSTER_FILESYSTEMS or (family == "fuse" and name not in LOCAL_FUSE_FILESYSTEMS):
-        raise errors.Invalid(
-            "NETWORK_FILESYSTEM",
-            f"The cloud tier's folder {root} is on a {kind} filesystem.",
-            {"folder": root, "filesystem": kind},
-            [("cloud", f"{root} is on {kind}")],
-        )
 
 
 def _shard(key: str) -> int:

@@ -83,6 +83,14 @@ def unwrap(h: bytes, table: str, value: bytes | memoryview) -> bytes:
     return payload
 
 
+def unwrap_text(h: bytes, table: str, value: bytes | memoryview) -> str:
+    """The text of a row; empty if its checksum does not match."""
+    try:
+        return unwrap(h, table, value).decode()
+    except (Corrupt, UnicodeDecodeError):
+        return ""
+
+
 def encode_head(h: bytes, head: Head) -> bytes:
     """The head row's value."""
     return wrap(h, "heads", _encoder.encode(head))
