@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from sessiond.v1 import turn_pb2 as sessiond_dot_v1_dot_turn__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19sessiond/v1/context.proto\x12\x0bsessiond.v1\x1a\x16sessiond/v1/turn.proto\"\xe2\x02\n\x0b\x43ontextSpec\x12\x15\n\rbudget_tokens\x18\x01 \x01(\r\x12\x16\n\x0ereserve_tokens\x18\x02 \x01(\r\x12\'\n\x08strategy\x18\x03 \x01(\x0e\x32\x15.sessiond.v1.Strategy\x12\x16\n\x0elast_exchanges\x18\x04 \x01(\r\x12\'\n\x08\x65ncoding\x18\x05 \x01(\x0e\x32\x15.sessiond.v1.Encoding\x12\x19\n\x0cinstructions\x18\x06 \x01(\tH\x00\x88\x01\x01\x12)\n\x0bnew_message\x18\x07 \x01(\x0b\x32\x14.sessiond.v1.Message\x12\x14\n\x0c\x63ontext_etag\x18\x08 \x01(\t\x12\x16\n\tsince_seq\x18\t \x01(\x04H\x01\x88\x01\x01\x12\'\n\x06recall\x18\n \x01(\x0b\x32\x17.sessiond.v1.RecallSpecB\x0f\n\r_instructionsB\x0c\n\n_since_seq\"^\n\nRecallSpec\x12\x15\n\rbudget_tokens\x18\x01 \x01(\r\x12\x17\n\x0f\x61\x63ross_sessions\x18\x02 \x01(\x08\x12\x11\n\tembedding\x18\x03 \x01(\x0c\x12\r\n\x05query\x18\x04 \x01(\t\"\x80\x05\n\rActiveContext\x12 \n\x05turns\x18\x01 \x03(\x0b\x32\x11.sessiond.v1.Turn\x12\'\n\x0cinstructions\x18\x02 \x01(\x0b\x32\x11.sessiond.v1.Turn\x12\x1a\n\x12given_instructions\x18\x03 \x01(\t\x12%\n\x04pins\x18\x04 \x03(\x0b\x32\x17.sessiond.v1.PinnedFact\x12$\n\tsummaries\x18\x05 \x03(\x0b\x32\x11.sessiond.v1.Turn\x12,\n\x08recalled\x18\x06 \x01(\x0b\x32\x1a.sessiond.v1.RecalledBlock\x12)\n\x0bnew_message\x18\x07 \x01(\x0b\x32\x14.sessiond.v1.Message\x12*\n\x06tokens\x18\x08 \x01(\x0b\x32\x1a.sessiond.v1.ContextTokens\x12\'\n\x08\x65ncoding\x18\t \x01(\x0e\x32\x15.sessiond.v1.Encoding\x12\'\n\x08strategy\x18\n \x01(\x0e\x32\x15.sessiond.v1.Strategy\x12\x31\n\ncheckpoint\x18\x0b \x01(\x0b\x32\x1d.sessiond.v1.CheckpointHeader\x12\x14\n\x0c\x63ontext_etag\x18\x0c \x01(\t\x12\x14\n\x0cnot_modified\x18\r \x01(\x08\x12\r\n\x05\x64\x65lta\x18\x0e \x01(\x08\x12%\n\x06window\x18\x0f \x01(\x0b\x32\x15.sessiond.v1.SeqRange\x12%\n\x07receipt\x18\x10 \x01(\x0b\x32\x14.sessiond.v1.Receipt\x12(\n\x05state\x18\x11 \x01(\x0b\x32\x19.sessiond.v1.SessionState\"G\n\rRecalledBlock\x12\x0c\n\x04text\x18\x01 \x01(\t\x12(\n\x05items\x18\x02 \x03(\x0b\x32\x19.sessiond.v1.RecalledTurn\"^\n\x0cRecalledTurn\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12+\n\x08position\x18\x02 \x01(\x0b\x32\x19.sessiond.v1.TurnPosition\x12\r\n\x05score\x18\x03 \x01(\x01\"\xce\x01\n\rContextTokens\x12\x14\n\x0cinstructions\x18\x01 \x01(\r\x12\x0c\n\x04pins\x18\x02 \x01(\r\x12\x0f\n\x07summary\x18\x03 \x01(\r\x12\x0c\n\x04tail\x18\x04 \x01(\r\x12\x10\n\x08recalled\x18\x05 \x01(\r\x12\x13\n\x0bnew_message\x18\x06 \x01(\r\x12\x0f\n\x07\x66raming\x18\x07 \x01(\r\x12\r\n\x05total\x18\x08 \x01(\r\x12\x0e\n\x06\x62udget\x18\t \x01(\r\x12\x0f\n\x07reserve\x18\n \x01(\r\x12\x12\n\ntranscript\x18\x0b \x01(\x04\"\xf9\x01\n\x0cSessionState\x12\x33\n\x05\x66lags\x18\x01 \x03(\x0b\x32$.sessiond.v1.SessionState.FlagsEntry\x12\x0c\n\x04mode\x18\x02 \x01(\t\x12\x39\n\x08metadata\x18\x03 \x03(\x0b\x32\'.sessiond.v1.SessionState.MetadataEntry\x12\x0c\n\x04\x65tag\x18\x04 \x01(\t\x1a,\n\nFlagsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x08:\x02\x38\x01\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x93\x02\n\x10\x43heckpointHeader\x12\x0f\n\x07version\x18\x01 \x01(\x06\x12\x15\n\rreplay_cursor\x18\x02 \x01(\x04\x12\r\n\x05\x65poch\x18\x03 \x01(\r\x12)\n\nsummarised\x18\x04 \x01(\x0b\x32\x15.sessiond.v1.SeqRange\x12\x16\n\x0etail_first_seq\x18\x05 \x01(\x04\x12\x18\n\x10instructions_seq\x18\x06 \x01(\x04\x12\x11\n\texchanges\x18\x07 \x01(\x04\x12\x0c\n\x04rule\x18\x08 \x01(\r\x12\r\n\x05\x63hain\x18\t \x01(\x0c\x12\x18\n\x10taken_at_unix_ms\x18\n \x01(\x04\x12\x11\n\tmilestone\x18\x0b \x01(\t\x12\x0e\n\x06\x64igest\x18\x0c \x01(\x0c\"\x85\x01\n\x0cMissingRange\x12\x11\n\tfirst_seq\x18\x01 \x01(\x04\x12\x10\n\x08last_seq\x18\x02 \x01(\x04\x12\r\n\x05\x65poch\x18\x03 \x01(\r\x12*\n\x06reason\x18\x04 \x01(\x0e\x32\x1a.sessiond.v1.MissingReason\x12\x15\n\rpossible_only\x18\x05 \x01(\x08\"=\n\x0cStablePrefix\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x0e\n\x06tokens\x18\x02 \x01(\r\x12\r\n\x05turns\x18\x03 \x01(\r\"M\n\x0f\x43\x61\x63heBreakpoint\x12\x10\n\x08provider\x18\x01 \x01(\t\x12\x11\n\tafter_seq\x18\x02 \x01(\x04\x12\x15\n\rprefix_tokens\x18\x03 \x01(\r\"\xf9\x04\n\x07Receipt\x12\x1f\n\x04rung\x18\x01 \x01(\x0e\x32\x11.sessiond.v1.Rung\x12)\n\townership\x18\x02 \x01(\x0e\x32\x16.sessiond.v1.Ownership\x12\'\n\x08verbatim\x18\x03 \x03(\x0b\x32\x15.sessiond.v1.SeqRange\x12)\n\nsummarised\x18\x04 \x03(\x0b\x32\x15.sessiond.v1.SeqRange\x12\'\n\x08recalled\x18\x05 \x03(\x0b\x32\x15.sessiond.v1.SeqRange\x12&\n\x07omitted\x18\x06 \x03(\x0b\x32\x15.sessiond.v1.SeqRange\x12*\n\x07missing\x18\x07 \x03(\x0b\x32\x19.sessiond.v1.MissingRange\x12\'\n\x04head\x18\x08 \x01(\x0b\x32\x19.sessiond.v1.TurnPosition\x12\x11\n\tcloud_seq\x18\t \x01(\x04\x12\x14\n\x0cstale_ms_max\x18\n \x01(\x04\x12\r\n\x05stale\x18\x0b \x01(\x08\x12\x30\n\rstable_prefix\x18\x0c \x01(\x0b\x32\x19.sessiond.v1.StablePrefix\x12\x31\n\x0b\x62reakpoints\x18\r \x03(\x0b\x32\x1c.sessiond.v1.CacheBreakpoint\x12*\n\x0bsummary_due\x18\x0e \x01(\x0b\x32\x15.sessiond.v1.SeqRange\x12\x0e\n\x06notice\x18\x0f \x01(\t\x12\x10\n\x08reset_of\x18\x10 \x01(\t\x12\x0c\n\x04node\x18\x11 \x01(\t\x12/\n\x0cprofile_head\x18\x12 \x01(\x0b\x32\x19.sessiond.v1.TurnPosition*\\\n\x04Rung\x12\x14\n\x10RUNG_UNSPECIFIED\x10\x00\x12\x0c\n\x08RUNG_HOT\x10\x01\x12\x0e\n\nRUNG_CLOUD\x10\x02\x12\x10\n\x0cRUNG_PARTIAL\x10\x03\x12\x0e\n\nRUNG_RESET\x10\x04*Z\n\tOwnership\x12\x19\n\x15OWNERSHIP_UNSPECIFIED\x10\x00\x12\x17\n\x13OWNERSHIP_CONFIRMED\x10\x01\x12\x19\n\x15OWNERSHIP_UNCONFIRMED\x10\x02*\xc0\x01\n\rMissingReason\x12\x1e\n\x1aMISSING_REASON_UNSPECIFIED\x10\x00\x12 \n\x1cMISSING_REASON_HOT_TIER_LOST\x10\x01\x12$\n MISSING_REASON_OWNER_UNREACHABLE\x10\x02\x12%\n!MISSING_REASON_SEGMENT_UNREADABLE\x10\x03\x12 \n\x1cMISSING_REASON_PARENT_ERASED\x10\x04\x42N\n\x0eio.sessiond.v1P\x01Z:github.com/sessiond/sessiond/gen/go/sessiond/v1;sessiondv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19sessiond/v1/context.proto\x12\x0bsessiond.v1\x1a\x16sessiond/v1/turn.proto\"\xe6\x02\n\x0b\x43ontextSpec\x12\x15\n\rbudget_tokens\x18\x01 \x01(\r\x12\x16\n\x0ereserve_tokens\x18\x02 \x01(\r\x12\'\n\x08strategy\x18\x03 \x01(\x0e\x32\x15.sessiond.v1.Strategy\x12\x16\n\x0elast_exchanges\x18\x04 \x01(\r\x12\'\n\x08\x65ncoding\x18\x05 \x01(\x0e\x32\x15.sessiond.v1.Encoding\x12\x19\n\x0cinstructions\x18\x06 \x01(\tH\x00\x88\x01\x01\x12)\n\x0bnew_message\x18\x07 \x01(\x0b\x32\x14.sessiond.v1.Message\x12\x14\n\x0c\x63ontext_etag\x18\x08 \x01(\t\x12(\n\x05since\x18\t \x01(\x0b\x32\x19.sessiond.v1.TurnPosition\x12\'\n\x06recall\x18\n \x01(\x0b\x32\x17.sessiond.v1.RecallSpecB\x0f\n\r_instructions\"^\n\nRecallSpec\x12\x15\n\rbudget_tokens\x18\x01 \x01(\r\x12\x17\n\x0f\x61\x63ross_sessions\x18\x02 \x01(\x08\x12\x11\n\tembedding\x18\x03 \x01(\x0c\x12\r\n\x05query\x18\x04 \x01(\t\"\x80\x05\n\rActiveContext\x12 \n\x05turns\x18\x01 \x03(\x0b\x32\x11.sessiond.v1.Turn\x12\'\n\x0cinstructions\x18\x02 \x01(\x0b\x32\x11.sessiond.v1.Turn\x12\x1a\n\x12given_instructions\x18\x03 \x01(\t\x12%\n\x04pins\x18\x04 \x03(\x0b\x32\x17.sessiond.v1.PinnedFact\x12$\n\tsummaries\x18\x05 \x03(\x0b\x32\x11.sessiond.v1.Turn\x12,\n\x08recalled\x18\x06 \x01(\x0b\x32\x1a.sessiond.v1.RecalledBlock\x12)\n\x0bnew_message\x18\x07 \x01(\x0b\x32\x14.sessiond.v1.Message\x12*\n\x06tokens\x18\x08 \x01(\x0b\x32\x1a.sessiond.v1.ContextTokens\x12\'\n\x08\x65ncoding\x18\t \x01(\x0e\x32\x15.sessiond.v1.Encoding\x12\'\n\x08strategy\x18\n \x01(\x0e\x32\x15.sessiond.v1.Strategy\x12\x31\n\ncheckpoint\x18\x0b \x01(\x0b\x32\x1d.sessiond.v1.CheckpointHeader\x12\x14\n\x0c\x63ontext_etag\x18\x0c \x01(\t\x12\x14\n\x0cnot_modified\x18\r \x01(\x08\x12\r\n\x05\x64\x65lta\x18\x0e \x01(\x08\x12%\n\x06window\x18\x0f \x01(\x0b\x32\x15.sessiond.v1.SeqRange\x12%\n\x07receipt\x18\x10 \x01(\x0b\x32\x14.sessiond.v1.Receipt\x12(\n\x05state\x18\x11 \x01(\x0b\x32\x19.sessiond.v1.SessionState\"G\n\rRecalledBlock\x12\x0c\n\x04text\x18\x01 \x01(\t\x12(\n\x05items\x18\x02 \x03(\x0b\x32\x19.sessiond.v1.RecalledTurn\"^\n\x0cRecalledTurn\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12+\n\x08position\x18\x02 \x01(\x0b\x32\x19.sessiond.v1.TurnPosition\x12\r\n\x05score\x18\x03 \x01(\x01\"\xce\x01\n\rContextTokens\x12\x14\n\x0cinstructions\x18\x01 \x01(\r\x12\x0c\n\x04pins\x18\x02 \x01(\r\x12\x0f\n\x07summary\x18\x03 \x01(\r\x12\x0c\n\x04tail\x18\x04 \x01(\r\x12\x10\n\x08recalled\x18\x05 \x01(\r\x12\x13\n\x0bnew_message\x18\x06 \x01(\r\x12\x0f\n\x07\x66raming\x18\x07 \x01(\r\x12\r\n\x05total\x18\x08 \x01(\r\x12\x0e\n\x06\x62udget\x18\t \x01(\r\x12\x0f\n\x07reserve\x18\n \x01(\r\x12\x12\n\ntranscript\x18\x0b \x01(\x04\"\xf9\x01\n\x0cSessionState\x12\x33\n\x05\x66lags\x18\x01 \x03(\x0b\x32$.sessiond.v1.SessionState.FlagsEntry\x12\x0c\n\x04mode\x18\x02 \x01(\t\x12\x39\n\x08metadata\x18\x03 \x03(\x0b\x32\'.sessiond.v1.SessionState.MetadataEntry\x12\x0c\n\x04\x65tag\x18\x04 \x01(\t\x1a,\n\nFlagsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x08:\x02\x38\x01\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x93\x02\n\x10\x43heckpointHeader\x12\x0f\n\x07version\x18\x01 \x01(\x06\x12\x15\n\rreplay_cursor\x18\x02 \x01(\x04\x12\r\n\x05\x65poch\x18\x03 \x01(\r\x12)\n\nsummarised\x18\x04 \x01(\x0b\x32\x15.sessiond.v1.SeqRange\x12\x16\n\x0etail_first_seq\x18\x05 \x01(\x04\x12\x18\n\x10instructions_seq\x18\x06 \x01(\x04\x12\x11\n\texchanges\x18\x07 \x01(\x04\x12\x0c\n\x04rule\x18\x08 \x01(\r\x12\r\n\x05\x63hain\x18\t \x01(\x0c\x12\x18\n\x10taken_at_unix_ms\x18\n \x01(\x04\x12\x11\n\tmilestone\x18\x0b \x01(\t\x12\x0e\n\x06\x64igest\x18\x0c \x01(\x0c\"\x85\x01\n\x0cMissingRange\x12\x11\n\tfirst_seq\x18\x01 \x01(\x04\x12\x10\n\x08last_seq\x18\x02 \x01(\x04\x12\r\n\x05\x65poch\x18\x03 \x01(\r\x12*\n\x06reason\x18\x04 \x01(\x0e\x32\x1a.sessiond.v1.MissingReason\x12\x15\n\rpossible_only\x18\x05 \x01(\x08\"=\n\x0cStablePrefix\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x0e\n\x06tokens\x18\x02 \x01(\r\x12\r\n\x05turns\x18\x03 \x01(\r\"M\n\x0f\x43\x61\x63heBreakpoint\x12\x10\n\x08provider\x18\x01 \x01(\t\x12\x11\n\tafter_seq\x18\x02 \x01(\x04\x12\x15\n\rprefix_tokens\x18\x03 \x01(\r\"\xf9\x04\n\x07Receipt\x12\x1f\n\x04rung\x18\x01 \x01(\x0e\x32\x11.sessiond.v1.Rung\x12)\n\townership\x18\x02 \x01(\x0e\x32\x16.sessiond.v1.Ownership\x12\'\n\x08verbatim\x18\x03 \x03(\x0b\x32\x15.sessiond.v1.SeqRange\x12)\n\nsummarised\x18\x04 \x03(\x0b\x32\x15.sessiond.v1.SeqRange\x12\'\n\x08recalled\x18\x05 \x03(\x0b\x32\x15.sessiond.v1.SeqRange\x12&\n\x07omitted\x18\x06 \x03(\x0b\x32\x15.sessiond.v1.SeqRange\x12*\n\x07missing\x18\x07 \x03(\x0b\x32\x19.sessiond.v1.MissingRange\x12\'\n\x04head\x18\x08 \x01(\x0b\x32\x19.sessiond.v1.TurnPosition\x12\x11\n\tcloud_seq\x18\t \x01(\x04\x12\x14\n\x0cstale_ms_max\x18\n \x01(\x04\x12\r\n\x05stale\x18\x0b \x01(\x08\x12\x30\n\rstable_prefix\x18\x0c \x01(\x0b\x32\x19.sessiond.v1.StablePrefix\x12\x31\n\x0b\x62reakpoints\x18\r \x03(\x0b\x32\x1c.sessiond.v1.CacheBreakpoint\x12*\n\x0bsummary_due\x18\x0e \x01(\x0b\x32\x15.sessiond.v1.SeqRange\x12\x0e\n\x06notice\x18\x0f \x01(\t\x12\x10\n\x08reset_of\x18\x10 \x01(\t\x12\x0c\n\x04node\x18\x11 \x01(\t\x12/\n\x0cprofile_head\x18\x12 \x01(\x0b\x32\x19.sessiond.v1.TurnPosition*\\\n\x04Rung\x12\x14\n\x10RUNG_UNSPECIFIED\x10\x00\x12\x0c\n\x08RUNG_HOT\x10\x01\x12\x0e\n\nRUNG_CLOUD\x10\x02\x12\x10\n\x0cRUNG_PARTIAL\x10\x03\x12\x0e\n\nRUNG_RESET\x10\x04*Z\n\tOwnership\x12\x19\n\x15OWNERSHIP_UNSPECIFIED\x10\x00\x12\x17\n\x13OWNERSHIP_CONFIRMED\x10\x01\x12\x19\n\x15OWNERSHIP_UNCONFIRMED\x10\x02*\xc0\x01\n\rMissingReason\x12\x1e\n\x1aMISSING_REASON_UNSPECIFIED\x10\x00\x12 \n\x1cMISSING_REASON_HOT_TIER_LOST\x10\x01\x12$\n MISSING_REASON_OWNER_UNREACHABLE\x10\x02\x12%\n!MISSING_REASON_SEGMENT_UNREADABLE\x10\x03\x12 \n\x1cMISSING_REASON_PARENT_ERASED\x10\x04\x42N\n\x0eio.sessiond.v1P\x01Z:github.com/sessiond/sessiond/gen/go/sessiond/v1;sessiondv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,38 +37,38 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SESSIONSTATE_FLAGSENTRY']._serialized_options = b'8\001'
   _globals['_SESSIONSTATE_METADATAENTRY']._loaded_options = None
   _globals['_SESSIONSTATE_METADATAENTRY']._serialized_options = b'8\001'
-  _globals['_RUNG']._serialized_start=2984
-  _globals['_RUNG']._serialized_end=3076
-  _globals['_OWNERSHIP']._serialized_start=3078
-  _globals['_OWNERSHIP']._serialized_end=3168
-  _globals['_MISSINGREASON']._serialized_start=3171
-  _globals['_MISSINGREASON']._serialized_end=3363
+  _globals['_RUNG']._serialized_start=2988
+  _globals['_RUNG']._serialized_end=3080
+  _globals['_OWNERSHIP']._serialized_start=3082
+  _globals['_OWNERSHIP']._serialized_end=3172
+  _globals['_MISSINGREASON']._serialized_start=3175
+  _globals['_MISSINGREASON']._serialized_end=3367
   _globals['_CONTEXTSPEC']._serialized_start=67
-  _globals['_CONTEXTSPEC']._serialized_end=421
-  _globals['_RECALLSPEC']._serialized_start=423
-  _globals['_RECALLSPEC']._serialized_end=517
-  _globals['_ACTIVECONTEXT']._serialized_start=520
-  _globals['_ACTIVECONTEXT']._serialized_end=1160
-  _globals['_RECALLEDBLOCK']._serialized_start=1162
-  _globals['_RECALLEDBLOCK']._serialized_end=1233
-  _globals['_RECALLEDTURN']._serialized_start=1235
-  _globals['_RECALLEDTURN']._serialized_end=1329
-  _globals['_CONTEXTTOKENS']._serialized_start=1332
-  _globals['_CONTEXTTOKENS']._serialized_end=1538
-  _globals['_SESSIONSTATE']._serialized_start=1541
-  _globals['_SESSIONSTATE']._serialized_end=1790
-  _globals['_SESSIONSTATE_FLAGSENTRY']._serialized_start=1697
-  _globals['_SESSIONSTATE_FLAGSENTRY']._serialized_end=1741
-  _globals['_SESSIONSTATE_METADATAENTRY']._serialized_start=1743
-  _globals['_SESSIONSTATE_METADATAENTRY']._serialized_end=1790
-  _globals['_CHECKPOINTHEADER']._serialized_start=1793
-  _globals['_CHECKPOINTHEADER']._serialized_end=2068
-  _globals['_MISSINGRANGE']._serialized_start=2071
-  _globals['_MISSINGRANGE']._serialized_end=2204
-  _globals['_STABLEPREFIX']._serialized_start=2206
-  _globals['_STABLEPREFIX']._serialized_end=2267
-  _globals['_CACHEBREAKPOINT']._serialized_start=2269
-  _globals['_CACHEBREAKPOINT']._serialized_end=2346
-  _globals['_RECEIPT']._serialized_start=2349
-  _globals['_RECEIPT']._serialized_end=2982
+  _globals['_CONTEXTSPEC']._serialized_end=425
+  _globals['_RECALLSPEC']._serialized_start=427
+  _globals['_RECALLSPEC']._serialized_end=521
+  _globals['_ACTIVECONTEXT']._serialized_start=524
+  _globals['_ACTIVECONTEXT']._serialized_end=1164
+  _globals['_RECALLEDBLOCK']._serialized_start=1166
+  _globals['_RECALLEDBLOCK']._serialized_end=1237
+  _globals['_RECALLEDTURN']._serialized_start=1239
+  _globals['_RECALLEDTURN']._serialized_end=1333
+  _globals['_CONTEXTTOKENS']._serialized_start=1336
+  _globals['_CONTEXTTOKENS']._serialized_end=1542
+  _globals['_SESSIONSTATE']._serialized_start=1545
+  _globals['_SESSIONSTATE']._serialized_end=1794
+  _globals['_SESSIONSTATE_FLAGSENTRY']._serialized_start=1701
+  _globals['_SESSIONSTATE_FLAGSENTRY']._serialized_end=1745
+  _globals['_SESSIONSTATE_METADATAENTRY']._serialized_start=1747
+  _globals['_SESSIONSTATE_METADATAENTRY']._serialized_end=1794
+  _globals['_CHECKPOINTHEADER']._serialized_start=1797
+  _globals['_CHECKPOINTHEADER']._serialized_end=2072
+  _globals['_MISSINGRANGE']._serialized_start=2075
+  _globals['_MISSINGRANGE']._serialized_end=2208
+  _globals['_STABLEPREFIX']._serialized_start=2210
+  _globals['_STABLEPREFIX']._serialized_end=2271
+  _globals['_CACHEBREAKPOINT']._serialized_start=2273
+  _globals['_CACHEBREAKPOINT']._serialized_end=2350
+  _globals['_RECEIPT']._serialized_start=2353
+  _globals['_RECEIPT']._serialized_end=2986
 # @@protoc_insertion_point(module_scope)

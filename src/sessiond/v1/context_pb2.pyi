@@ -44,7 +44,7 @@ MISSING_REASON_SEGMENT_UNREADABLE: MissingReason
 MISSING_REASON_PARENT_ERASED: MissingReason
 
 class ContextSpec(_message.Message):
-    __slots__ = ("budget_tokens", "reserve_tokens", "strategy", "last_exchanges", "encoding", "instructions", "new_message", "context_etag", "since_seq", "recall")
+    __slots__ = ("budget_tokens", "reserve_tokens", "strategy", "last_exchanges", "encoding", "instructions", "new_message", "context_etag", "since", "recall")
     BUDGET_TOKENS_FIELD_NUMBER: _ClassVar[int]
     RESERVE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     STRATEGY_FIELD_NUMBER: _ClassVar[int]
@@ -53,7 +53,7 @@ class ContextSpec(_message.Message):
     INSTRUCTIONS_FIELD_NUMBER: _ClassVar[int]
     NEW_MESSAGE_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_ETAG_FIELD_NUMBER: _ClassVar[int]
-    SINCE_SEQ_FIELD_NUMBER: _ClassVar[int]
+    SINCE_FIELD_NUMBER: _ClassVar[int]
     RECALL_FIELD_NUMBER: _ClassVar[int]
     budget_tokens: int
     reserve_tokens: int
@@ -63,9 +63,9 @@ class ContextSpec(_message.Message):
     instructions: str
     new_message: _turn_pb2.Message
     context_etag: str
-    since_seq: int
+    since: _turn_pb2.TurnPosition
     recall: RecallSpec
-    def __init__(self, budget_tokens: _Optional[int] = ..., reserve_tokens: _Optional[int] = ..., strategy: _Optional[_Union[_turn_pb2.Strategy, str]] = ..., last_exchanges: _Optional[int] = ..., encoding: _Optional[_Union[_turn_pb2.Encoding, str]] = ..., instructions: _Optional[str] = ..., new_message: _Optional[_Union[_turn_pb2.Message, _Mapping]] = ..., context_etag: _Optional[str] = ..., since_seq: _Optional[int] = ..., recall: _Optional[_Union[RecallSpec, _Mapping]] = ...) -> None: ...
+    def __init__(self, budget_tokens: _Optional[int] = ..., reserve_tokens: _Optional[int] = ..., strategy: _Optional[_Union[_turn_pb2.Strategy, str]] = ..., last_exchanges: _Optional[int] = ..., encoding: _Optional[_Union[_turn_pb2.Encoding, str]] = ..., instructions: _Optional[str] = ..., new_message: _Optional[_Union[_turn_pb2.Message, _Mapping]] = ..., context_etag: _Optional[str] = ..., since: _Optional[_Union[_turn_pb2.TurnPosition, _Mapping]] = ..., recall: _Optional[_Union[RecallSpec, _Mapping]] = ...) -> None: ...
 
 class RecallSpec(_message.Message):
     __slots__ = ("budget_tokens", "across_sessions", "embedding", "query")

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from sessiond.v1 import turn_pb2 as sessiond_dot_v1_dot_turn__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17sessiond/v1/state.proto\x12\x0bsessiond.v1\x1a\x16sessiond/v1/turn.proto\">\n\nStateScope\x12\x14\n\nsession_id\x18\x01 \x01(\tH\x00\x12\x11\n\x07user_id\x18\x02 \x01(\tH\x00\x42\x07\n\x05owner\"\x91\x02\n\x0bStateHeader\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\x12\x0e\n\x06sha256\x18\x04 \x01(\x0c\x12\x12\n\nmedia_type\x18\x05 \x01(\t\x12\x1a\n\x12updated_at_unix_ms\x18\x06 \x01(\x04\x12\x34\n\x06labels\x18\x07 \x03(\x0b\x32$.sessiond.v1.StateHeader.LabelsEntry\x12+\n\ndurability\x18\x08 \x01(\x0e\x32\x17.sessiond.v1.Durability\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"]\n\x0fGetStateRequest\x12&\n\x05scope\x18\x01 \x01(\x0b\x32\x17.sessiond.v1.StateScope\x12\x0b\n\x03key\x18\x02 \x01(\t\x12\x15\n\rknown_version\x18\x03 \x01(\x04\"c\n\x10GetStateResponse\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x18.sessiond.v1.StateHeader\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\x0c\x12\x14\n\x0cnot_modified\x18\x03 \x01(\x08\"\xc7\x02\n\x0fPutStateRequest\x12&\n\x05scope\x18\x01 \x01(\x0b\x32\x17.sessiond.v1.StateScope\x12\x0b\n\x03key\x18\x02 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x03 \x01(\x0c\x12\x1d\n\x10\x65xpected_version\x18\x04 \x01(\x04H\x00\x88\x01\x01\x12\x12\n\nmedia_type\x18\x05 \x01(\t\x12\x38\n\x06labels\x18\x06 \x03(\x0b\x32(.sessiond.v1.PutStateRequest.LabelsEntry\x12\x10\n\x08write_id\x18\x07 \x01(\t\x12+\n\ndurability\x18\x08 \x01(\x0e\x32\x17.sessiond.v1.Durability\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x13\n\x11_expected_version\"O\n\x10PutStateResponse\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x18.sessiond.v1.StateHeader\x12\x11\n\tduplicate\x18\x02 \x01(\x08\"\xaa\x01\n\x12\x44\x65leteStateRequest\x12&\n\x05scope\x18\x01 \x01(\x0b\x32\x17.sessiond.v1.StateScope\x12\x0b\n\x03key\x18\x02 \x01(\t\x12\x1d\n\x10\x65xpected_version\x18\x03 \x01(\x04H\x00\x88\x01\x01\x12+\n\ndurability\x18\x04 \x01(\x0e\x32\x17.sessiond.v1.DurabilityB\x13\n\x11_expected_version\"&\n\x13\x44\x65leteStateResponse\x12\x0f\n\x07\x64\x65leted\x18\x01 \x01(\x08\"v\n\x11ListStatesRequest\x12&\n\x05scope\x18\x01 \x01(\x0b\x32\x17.sessiond.v1.StateScope\x12\x12\n\nkey_prefix\x18\x02 \x01(\t\x12\x11\n\tpage_size\x18\x03 \x01(\r\x12\x12\n\npage_token\x18\x04 \x01(\t\"X\n\x12ListStatesResponse\x12)\n\x07headers\x18\x01 \x03(\x0b\x32\x18.sessiond.v1.StateHeader\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t2\xc1\x02\n\x0cStateService\x12G\n\x08GetState\x12\x1c.sessiond.v1.GetStateRequest\x1a\x1d.sessiond.v1.GetStateResponse\x12G\n\x08PutState\x12\x1c.sessiond.v1.PutStateRequest\x1a\x1d.sessiond.v1.PutStateResponse\x12P\n\x0b\x44\x65leteState\x12\x1f.sessiond.v1.DeleteStateRequest\x1a .sessiond.v1.DeleteStateResponse\x12M\n\nListStates\x12\x1e.sessiond.v1.ListStatesRequest\x1a\x1f.sessiond.v1.ListStatesResponseBN\n\x0eio.sessiond.v1P\x01Z:github.com/sessiond/sessiond/gen/go/sessiond/v1;sessiondv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17sessiond/v1/state.proto\x12\x0bsessiond.v1\x1a\x16sessiond/v1/turn.proto\"W\n\nStateScope\x12\x14\n\nsession_id\x18\x01 \x01(\tH\x00\x12\x11\n\x07user_id\x18\x02 \x01(\tH\x00\x12\x17\n\x0fsession_user_id\x18\x03 \x01(\tB\x07\n\x05owner\"\x91\x02\n\x0bStateHeader\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\x12\x0e\n\x06sha256\x18\x04 \x01(\x0c\x12\x12\n\nmedia_type\x18\x05 \x01(\t\x12\x1a\n\x12updated_at_unix_ms\x18\x06 \x01(\x04\x12\x34\n\x06labels\x18\x07 \x03(\x0b\x32$.sessiond.v1.StateHeader.LabelsEntry\x12+\n\ndurability\x18\x08 \x01(\x0e\x32\x17.sessiond.v1.Durability\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"]\n\x0fGetStateRequest\x12&\n\x05scope\x18\x01 \x01(\x0b\x32\x17.sessiond.v1.StateScope\x12\x0b\n\x03key\x18\x02 \x01(\t\x12\x15\n\rknown_version\x18\x03 \x01(\x04\"c\n\x10GetStateResponse\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x18.sessiond.v1.StateHeader\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\x0c\x12\x14\n\x0cnot_modified\x18\x03 \x01(\x08\"\xc7\x02\n\x0fPutStateRequest\x12&\n\x05scope\x18\x01 \x01(\x0b\x32\x17.sessiond.v1.StateScope\x12\x0b\n\x03key\x18\x02 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x03 \x01(\x0c\x12\x1d\n\x10\x65xpected_version\x18\x04 \x01(\x04H\x00\x88\x01\x01\x12\x12\n\nmedia_type\x18\x05 \x01(\t\x12\x38\n\x06labels\x18\x06 \x03(\x0b\x32(.sessiond.v1.PutStateRequest.LabelsEntry\x12\x10\n\x08write_id\x18\x07 \x01(\t\x12+\n\ndurability\x18\x08 \x01(\x0e\x32\x17.sessiond.v1.Durability\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x13\n\x11_expected_version\"O\n\x10PutStateResponse\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x18.sessiond.v1.StateHeader\x12\x11\n\tduplicate\x18\x02 \x01(\x08\"\xbc\x01\n\x12\x44\x65leteStateRequest\x12&\n\x05scope\x18\x01 \x01(\x0b\x32\x17.sessiond.v1.StateScope\x12\x0b\n\x03key\x18\x02 \x01(\t\x12\x1d\n\x10\x65xpected_version\x18\x03 \x01(\x04H\x00\x88\x01\x01\x12+\n\ndurability\x18\x04 \x01(\x0e\x32\x17.sessiond.v1.Durability\x12\x10\n\x08write_id\x18\x05 \x01(\tB\x13\n\x11_expected_version\"&\n\x13\x44\x65leteStateResponse\x12\x0f\n\x07\x64\x65leted\x18\x01 \x01(\x08\"v\n\x11ListStatesRequest\x12&\n\x05scope\x18\x01 \x01(\x0b\x32\x17.sessiond.v1.StateScope\x12\x12\n\nkey_prefix\x18\x02 \x01(\t\x12\x11\n\tpage_size\x18\x03 \x01(\r\x12\x12\n\npage_token\x18\x04 \x01(\t\"X\n\x12ListStatesResponse\x12)\n\x07headers\x18\x01 \x03(\x0b\x32\x18.sessiond.v1.StateHeader\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t2\xc1\x02\n\x0cStateService\x12G\n\x08GetState\x12\x1c.sessiond.v1.GetStateRequest\x1a\x1d.sessiond.v1.GetStateResponse\x12G\n\x08PutState\x12\x1c.sessiond.v1.PutStateRequest\x1a\x1d.sessiond.v1.PutStateResponse\x12P\n\x0b\x44\x65leteState\x12\x1f.sessiond.v1.DeleteStateRequest\x1a .sessiond.v1.DeleteStateResponse\x12M\n\nListStates\x12\x1e.sessiond.v1.ListStatesRequest\x1a\x1f.sessiond.v1.ListStatesResponseBN\n\x0eio.sessiond.v1P\x01Z:github.com/sessiond/sessiond/gen/go/sessiond/v1;sessiondv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,29 +38,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PUTSTATEREQUEST_LABELSENTRY']._loaded_options = None
   _globals['_PUTSTATEREQUEST_LABELSENTRY']._serialized_options = b'8\001'
   _globals['_STATESCOPE']._serialized_start=64
-  _globals['_STATESCOPE']._serialized_end=126
-  _globals['_STATEHEADER']._serialized_start=129
-  _globals['_STATEHEADER']._serialized_end=402
-  _globals['_STATEHEADER_LABELSENTRY']._serialized_start=357
-  _globals['_STATEHEADER_LABELSENTRY']._serialized_end=402
-  _globals['_GETSTATEREQUEST']._serialized_start=404
-  _globals['_GETSTATEREQUEST']._serialized_end=497
-  _globals['_GETSTATERESPONSE']._serialized_start=499
-  _globals['_GETSTATERESPONSE']._serialized_end=598
-  _globals['_PUTSTATEREQUEST']._serialized_start=601
-  _globals['_PUTSTATEREQUEST']._serialized_end=928
-  _globals['_PUTSTATEREQUEST_LABELSENTRY']._serialized_start=357
-  _globals['_PUTSTATEREQUEST_LABELSENTRY']._serialized_end=402
-  _globals['_PUTSTATERESPONSE']._serialized_start=930
-  _globals['_PUTSTATERESPONSE']._serialized_end=1009
-  _globals['_DELETESTATEREQUEST']._serialized_start=1012
-  _globals['_DELETESTATEREQUEST']._serialized_end=1182
-  _globals['_DELETESTATERESPONSE']._serialized_start=1184
-  _globals['_DELETESTATERESPONSE']._serialized_end=1222
-  _globals['_LISTSTATESREQUEST']._serialized_start=1224
-  _globals['_LISTSTATESREQUEST']._serialized_end=1342
-  _globals['_LISTSTATESRESPONSE']._serialized_start=1344
-  _globals['_LISTSTATESRESPONSE']._serialized_end=1432
-  _globals['_STATESERVICE']._serialized_start=1435
-  _globals['_STATESERVICE']._serialized_end=1756
+  _globals['_STATESCOPE']._serialized_end=151
+  _globals['_STATEHEADER']._serialized_start=154
+  _globals['_STATEHEADER']._serialized_end=427
+  _globals['_STATEHEADER_LABELSENTRY']._serialized_start=382
+  _globals['_STATEHEADER_LABELSENTRY']._serialized_end=427
+  _globals['_GETSTATEREQUEST']._serialized_start=429
+  _globals['_GETSTATEREQUEST']._serialized_end=522
+  _globals['_GETSTATERESPONSE']._serialized_start=524
+  _globals['_GETSTATERESPONSE']._serialized_end=623
+  _globals['_PUTSTATEREQUEST']._serialized_start=626
+  _globals['_PUTSTATEREQUEST']._serialized_end=953
+  _globals['_PUTSTATEREQUEST_LABELSENTRY']._serialized_start=382
+  _globals['_PUTSTATEREQUEST_LABELSENTRY']._serialized_end=427
+  _globals['_PUTSTATERESPONSE']._serialized_start=955
+  _globals['_PUTSTATERESPONSE']._serialized_end=1034
+  _globals['_DELETESTATEREQUEST']._serialized_start=1037
+  _globals['_DELETESTATEREQUEST']._serialized_end=1225
+  _globals['_DELETESTATERESPONSE']._serialized_start=1227
+  _globals['_DELETESTATERESPONSE']._serialized_end=1265
+  _globals['_LISTSTATESREQUEST']._serialized_start=1267
+  _globals['_LISTSTATESREQUEST']._serialized_end=1385
+  _globals['_LISTSTATESRESPONSE']._serialized_start=1387
+  _globals['_LISTSTATESRESPONSE']._serialized_end=1475
+  _globals['_STATESERVICE']._serialized_start=1478
+  _globals['_STATESERVICE']._serialized_end=1799
 # @@protoc_insertion_point(module_scope)

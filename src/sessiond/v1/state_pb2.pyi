@@ -8,12 +8,14 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class StateScope(_message.Message):
-    __slots__ = ("session_id", "user_id")
+    __slots__ = ("session_id", "user_id", "session_user_id")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     USER_ID_FIELD_NUMBER: _ClassVar[int]
+    SESSION_USER_ID_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     user_id: str
-    def __init__(self, session_id: _Optional[str] = ..., user_id: _Optional[str] = ...) -> None: ...
+    session_user_id: str
+    def __init__(self, session_id: _Optional[str] = ..., user_id: _Optional[str] = ..., session_user_id: _Optional[str] = ...) -> None: ...
 
 class StateHeader(_message.Message):
     __slots__ = ("key", "version", "size_bytes", "sha256", "media_type", "updated_at_unix_ms", "labels", "durability")
@@ -98,16 +100,18 @@ class PutStateResponse(_message.Message):
     def __init__(self, header: _Optional[_Union[StateHeader, _Mapping]] = ..., duplicate: _Optional[bool] = ...) -> None: ...
 
 class DeleteStateRequest(_message.Message):
-    __slots__ = ("scope", "key", "expected_version", "durability")
+    __slots__ = ("scope", "key", "expected_version", "durability", "write_id")
     SCOPE_FIELD_NUMBER: _ClassVar[int]
     KEY_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_VERSION_FIELD_NUMBER: _ClassVar[int]
     DURABILITY_FIELD_NUMBER: _ClassVar[int]
+    WRITE_ID_FIELD_NUMBER: _ClassVar[int]
     scope: StateScope
     key: str
     expected_version: int
     durability: _turn_pb2.Durability
-    def __init__(self, scope: _Optional[_Union[StateScope, _Mapping]] = ..., key: _Optional[str] = ..., expected_version: _Optional[int] = ..., durability: _Optional[_Union[_turn_pb2.Durability, str]] = ...) -> None: ...
+    write_id: str
+    def __init__(self, scope: _Optional[_Union[StateScope, _Mapping]] = ..., key: _Optional[str] = ..., expected_version: _Optional[int] = ..., durability: _Optional[_Union[_turn_pb2.Durability, str]] = ..., write_id: _Optional[str] = ...) -> None: ...
 
 class DeleteStateResponse(_message.Message):
     __slots__ = ("deleted",)

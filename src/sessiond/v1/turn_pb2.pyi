@@ -162,12 +162,14 @@ STRATEGY_HYBRID: Strategy
 STRATEGY_RECALL: Strategy
 
 class TurnPosition(_message.Message):
-    __slots__ = ("epoch", "seq")
+    __slots__ = ("epoch", "seq", "chain")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     SEQ_FIELD_NUMBER: _ClassVar[int]
+    CHAIN_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     seq: int
-    def __init__(self, epoch: _Optional[int] = ..., seq: _Optional[int] = ...) -> None: ...
+    chain: bytes
+    def __init__(self, epoch: _Optional[int] = ..., seq: _Optional[int] = ..., chain: _Optional[bytes] = ...) -> None: ...
 
 class SeqRange(_message.Message):
     __slots__ = ("first_seq", "last_seq")
