@@ -44,8 +44,11 @@ def test_append_says_where_and_how_safe(daemon: Daemon, client: Client) -> None:
     assert ran.code == 0
     rows = dict(line.split(None, 1) for line in ran.out.splitlines())
     assert (rows["outcome"], rows["position"], rows["turn_id"], rows["durability"]) == ("appended", "1:1", "t1", "edge")
+    (turn,) = client.list_turns("said")
+    assert rows["chain"] == turn.chain.hex()
     again = run("append", "said", "--text", "hello", "--turn-id", "t1", "--json").json
-    assert (again["outcome"], again["turns"][0]["position"]) == ("APPEND_OUTCOME_DUPLICATE", {"epoch": 1, "seq": 1})
+    assert again["outcome"] == "APPEND_OUTCOME_DUPLICATE"
+    assert again["turns"][0]["position"] == again["head"] == {"epoch": 1, "seq": 1, "chain": turn.chain.hex()}
     safe = run(
         "append", "said", "--text", "b", "--role", "assistant", "--durability", "cloud", "--expected", "1:1", "--json"
     )
@@ -116,6 +119,26 @@ def test_resume_passes_every_option_on(daemon: Daemon, client: Client, talk: str
     shown = run("resume", talk, "--budget", 500, "--highest-acked", "1:99").out
     assert "turns from 9 to 99 of epoch 1 are missing: hot tier lost" in shown
     assert "notice" in shown
+
+
+def test_resume_proves_what_was_acknowledged_by_its_chain(daemon: Daemon, client: Client, talk: str) -> None:
+    head = list(client.list_turns(talk))[-1]
+
+    def rung(acked: str) -> str:
+        ran = run("resume", talk, "--budget", 500, "--highest-acked", acked, "--json")
+        assert ran.code == 0
+        return str(ran.json["receipt"]["rung"])
+
+    assert rung(f"{head.epoch}:{head.seq}") == "RUNG_HOT"
+    assert rung(f"{head.epoch}:{head.seq}:{head.chain.hex().upper()}") == "RUNG_HOT"
+    assert rung(f"{head.epoch}:{head.seq}:{'0' * 32}") == "RUNG_PARTIAL"
+
+
+@pytest.mark.parametrize("acked", ["1", "1:", "1:2:", "1:2:ab", "1:2:" + "g" * 32, "1:2:" + "0" * 34, f"{2**32}:1"])
+def test_positions_are_checked(acked: str) -> None:
+    ran = run("resume", "any", "--highest-acked", acked)
+    assert ran.code == 2
+    assert "not EPOCH:SEQ[:CHAINHEX]" in ran.err
 
 
 def test_resume_shows_a_summary(daemon: Daemon, client: Client) -> None:

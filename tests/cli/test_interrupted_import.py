@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -130,7 +131,18 @@ def test_a_flag_is_cleared_also_when_an_earlier_run_brought_the_turns_back(own_d
         own_daemon.terminate()
         own_daemon.start()
         assert client.get_session("a").missing
-        assert run("import", file).code == 0
+        acked: list[Any] = []
+        resume = import_.Importer._resume
+
+        def recorded(self: import_.Importer, session_id: str, **what: Any) -> None:
+            acked.append(what["highest_acked"])
+            resume(self, session_id, **what)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(import_.Importer, "_resume", recorded)
+            assert run("import", file).code == 0
+        (last,) = client.list_turns("a", first_seq=9)
+        assert {(position.seq, position.chain) for position in acked} == {(9, last.chain)}
         assert not client.get_session("a").missing
 
 

@@ -26,6 +26,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from sessiond import client as api
 from sessiond.client import (
+    AppendResult,
     AsyncClient,
     Client,
     ClientError,
@@ -353,7 +354,7 @@ def test_a_delta_completes_the_context_before(client: Any, session: str) -> None
     client.append(session, CONVERSATION)
     held = client.resume(session, 4000)
     client.append(session, [user("And back?"), assistant("Sold out.")])
-    delta = client.resume(session, 4000, since_seq=held.head.seq)
+    delta = client.resume(session, 4000, since=held.last_position)
     assert [turn.seq for turn in delta.turns] == [7, 8]
     with pytest.raises(Invalid, match="merge"):
         delta.to_anthropic()
@@ -370,19 +371,83 @@ def test_a_delta_leaves_out_what_a_rewind_superseded(client: Any, session: str) 
     client.append(session, [user("One"), assistant("Two"), user("Three"), assistant("Four")])
     held = client.resume(session, 4000)
     client.append(session, [rewind(2), user("Three, edited")])
-    delta = client.resume(session, 4000, since_seq=held.head.seq)
+    delta = client.resume(session, 4000, since=held.last_position)
     assert [turn.seq for turn in delta.turns] == [6]
     assert [turn.seq for turn in delta.merge(held).turns] == [1, 2, 6]
     client.append(session, rewind(1))
-    delta = client.resume(session, 4000, since_seq=held.head.seq)
+    delta = client.resume(session, 4000, since=held.last_position)
     assert [turn.seq for turn in delta.merge(held).turns] == [1]
+
+
+def test_the_last_turn_that_is_held_may_be_named_in_several_ways(client: Any, session: str) -> None:
+    assert client.resume(session, 4000).last_position is None
+    client.append(session, [user("One"), assistant("Two")])
+    held = client.resume(session, 4000)
+    last = held.turns[-1]
+    assert held.last_position == turn_pb2.TurnPosition(epoch=last.epoch, seq=2, chain=last.chain)
+    assert len(last.chain) == 16
+    appended = client.append(session, user("Three"), context={"budget_tokens": 4000, "since": held.last_position})
+    for since in (held.last_position, last, 2, turn_pb2.TurnPosition(epoch=last.epoch, seq=2)):
+        delta = client.resume(session, 4000, since=since)
+        assert (delta.delta, [turn.seq for turn in delta.turns]) == (True, [3])
+        assert [turn.seq for turn in delta.merge(held).turns] == [1, 2, 3]
+    assert [turn.seq for turn in appended.context.merge(held).turns] == [1, 2, 3]
+    # A chain proves it whatever the epoch.
+    assert client.resume(session, 4000, since=turn_pb2.TurnPosition(epoch=77, seq=2, chain=last.chain)).delta
+
+
+def test_since_a_turn_that_the_log_has_not_is_the_whole_window(client: Any, session: str) -> None:
+    client.append(session, [user("One"), assistant("Two"), user("Three")])
+    held = client.resume(session, 4000)
+    at = held.last_position
+    for other in (
+        turn_pb2.TurnPosition(epoch=at.epoch, seq=2, chain=at.chain),
+        turn_pb2.TurnPosition(epoch=at.epoch, seq=3, chain=bytes(16)),
+        turn_pb2.TurnPosition(epoch=at.epoch + 1, seq=3),
+        turn_pb2.TurnPosition(epoch=at.epoch, seq=9),
+    ):
+        whole = client.resume(session, 4000, since=other)
+        assert (whole.delta, [turn.seq for turn in whole.turns]) == (False, [1, 2, 3])
+        assert whole.merge(held) is whole
+
+
+def test_positions_come_with_their_chain_and_are_sent_with_it(client: Any, session: str) -> None:
+    done = client.append(session, [user("One"), assistant("Two")])
+    turns = list(client.list_turns(session))
+    assert [placed.position.chain for placed in done.turns] == [turn.chain for turn in turns]
+    context = client.resume(session, 4000, highest_acked=done)
+    assert done.head.chain == context.head.chain == client.get_session(session).head.chain == turns[-1].chain
+    assert context.rung == "HOT"
+    assert client.resume(session, 4000, highest_acked=turns[-1]).rung == "HOT"
+    other = turn_pb2.TurnPosition(epoch=done.head.epoch, seq=2, chain=bytes(16))
+    assert client.resume(session, 4000, highest_acked=other).rung == "PARTIAL"
+
+
+def test_what_a_request_says_of_a_position() -> None:
+    calls = Client("127.0.0.1:1").calls
+    at = turn_pb2.TurnPosition(epoch=3, seq=7, chain=bytes(range(16)))
+    turn = turn_pb2.Turn(epoch=3, seq=7, chain=at.chain)
+    result = AppendResult(session_pb2.AppendTurnResponse(head=at))
+    for given, sent in ((at, at), (turn, at), (7, turn_pb2.TurnPosition(seq=7))):
+        request: Any = calls.resume("s", 100, since=given, highest_acked=given).request
+        assert (request.context.since, request.highest_acked) == (sent, sent)
+    request = calls.resume("s", 100, highest_acked=result).request
+    assert request.highest_acked == at
+    assert not request.context.HasField("since")
+    assert api.context_spec(100, since=turn).since == at
 
 
 def test_a_delta_is_not_built_on_turns_that_may_be_other_ones_now() -> None:
     def turn(seq: int, epoch: int) -> turn_pb2.Turn:
-        return turn_pb2.Turn(seq=seq, epoch=epoch, prev_live_seq=seq - 1)
+        return turn_pb2.Turn(seq=seq, epoch=epoch, prev_live_seq=seq - 1, chain=bytes([seq]) * 16)
 
-    def context(turns: list[turn_pb2.Turn], epoch: int, cloud_seq: int, delta: bool) -> Context:
+    def context(
+        turns: list[turn_pb2.Turn],
+        epoch: int,
+        cloud_seq: int,
+        delta: bool,
+        since: turn_pb2.TurnPosition | None = None,
+    ) -> Context:
         head = turn_pb2.TurnPosition(epoch=epoch, seq=turns[-1].seq)
         return Context(
             context_pb2.ActiveContext(
@@ -390,7 +455,8 @@ def test_a_delta_is_not_built_on_turns_that_may_be_other_ones_now() -> None:
                 delta=delta,
                 window=turn_pb2.SeqRange(first_seq=1, last_seq=turns[-1].seq),
                 receipt=context_pb2.Receipt(head=head, cloud_seq=cloud_seq),
-            )
+            ),
+            since,
         )
 
     provisional = context([turn(1, 1), turn(2, 1)], epoch=1, cloud_seq=1, delta=False)
@@ -399,6 +465,12 @@ def test_a_delta_is_not_built_on_turns_that_may_be_other_ones_now() -> None:
     with pytest.raises(Invalid, match="changed hands"):
         after.merge(provisional)
     assert [turn.seq for turn in after.merge(committed).turns] == [1, 2, 3]
+    # With the chain, the delta itself is the proof that these are the same ones.
+    proven = context([turn(3, 2)], epoch=2, cloud_seq=2, delta=True, since=provisional.last_position)
+    assert [turn.seq for turn in proven.merge(provisional).turns] == [1, 2, 3]
+    for unproven in (turn_pb2.TurnPosition(epoch=1, seq=2), turn_pb2.TurnPosition(epoch=1, seq=2, chain=b"x" * 16)):
+        with pytest.raises(Invalid, match="changed hands"):
+            context([turn(3, 2)], epoch=2, cloud_seq=2, delta=True, since=unproven).merge(provisional)
 
 
 # Crashes ---------------------------------------------------------------------------------------------------------
@@ -572,7 +644,11 @@ def test_resend_is_only_for_clients_that_keep_turns(client: Any, session: str) -
 
 
 def placed(turn: turn_pb2.TurnInput, seq: int, epoch: int = 1) -> tuple[turn_pb2.TurnInput, session_pb2.AppendedTurn]:
-    return turn, session_pb2.AppendedTurn(position=turn_pb2.TurnPosition(epoch=epoch, seq=seq))
+    return turn, session_pb2.AppendedTurn(position=position(seq, epoch))
+
+
+def position(seq: int, epoch: int = 1) -> turn_pb2.TurnPosition:
+    return turn_pb2.TurnPosition(epoch=epoch, seq=seq, chain=bytes([epoch, seq]) * 8)
 
 
 def kept_ids(unconfirmed: Unconfirmed, session: str) -> list[str]:
@@ -586,13 +662,13 @@ def test_what_is_kept_is_what_the_cloud_tier_lacks() -> None:
     assert kept_ids(unconfirmed, "s") == ["a", "b"]
     unconfirmed.acknowledged("s", [placed(c, 3)], 1, 1, [])
     assert kept_ids(unconfirmed, "s") == ["b", "c"]
-    assert unconfirmed.kept("s")[1] == turn_pb2.TurnPosition(epoch=1, seq=3)
+    assert unconfirmed.kept("s")[1] == position(3)
     # A new owner whose predecessor's turns may be missing: these stay, until they are back or given up.
     lost = context_pb2.MissingRange(first_seq=2, epoch=1, possible_only=True)
     d = user("d", turn_id="d")
     unconfirmed.acknowledged("s", [placed(d, 2, epoch=2)], 2, 1, [lost])
     assert kept_ids(unconfirmed, "s") == ["b", "c", "d"]
-    assert unconfirmed.kept("s")[1] == turn_pb2.TurnPosition(epoch=1, seq=3)
+    assert unconfirmed.kept("s")[1] == position(3)
     unconfirmed.acknowledged("s", [placed(user("e", turn_id="e"), 3, epoch=2)], 2, 2, [])
     assert kept_ids(unconfirmed, "s") == ["e"]
     assert unconfirmed.kept("other") == ([], turn_pb2.TurnPosition())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,10 @@ from sessiond.cli import connect, output
 from sessiond.errors import Invalid
 from sessiond.v1 import turn_pb2
 
+POSITION = re.compile(r"([0-9]{1,10}):([0-9]{1,20})")
+# A chain is 16 bytes.
+POSITION_AND_CHAIN = re.compile(POSITION.pattern + r"(?::([0-9a-fA-F]{32}))?")
+CHAIN_FORM = "[:CHAINHEX] with 32 hexadecimal digits"
 ROLES = ("user", "assistant", "system", "developer")
 
 
@@ -67,6 +72,7 @@ def command(
         [
             ("outcome", done.outcome.lower()),
             ("position", f"{placed.position.epoch}:{placed.position.seq}"),
+            ("chain", placed.position.chain.hex() or "-"),
             ("turn_id", placed.turn_id),
             ("tokens", f"{placed.tokens_o200k} o200k_base, {placed.tokens_cl100k} cl100k_base"),
             ("durability", done.durability.lower()),
@@ -108,9 +114,11 @@ def _read(path: str, option: str) -> str:
         raise Invalid("INVALID_UTF8", f"{option}: {path} is not UTF-8.", fields=[(option, "not UTF-8")]) from error
 
 
-def parse_position(text: str, option: str) -> tuple[int, int]:
-    """EPOCH:SEQ as two numbers. Raises UsageError."""
-    epoch, colon, seq = text.partition(":")
-    if not colon or not epoch.isdecimal() or not seq.isdecimal() or int(epoch) >= 2**32 or int(seq) >= 2**64:
-        raise click.UsageError(f"{option} is {text!r}, not EPOCH:SEQ.")
-    return int(epoch), int(seq)
+def parse_position(text: str, option: str, *, chain: bool = False) -> turn_pb2.TurnPosition:
+    """EPOCH:SEQ, with `chain` also EPOCH:SEQ:CHAINHEX. Raises UsageError."""
+    found = (POSITION_AND_CHAIN if chain else POSITION).fullmatch(text)
+    if found is None or int(found[1]) >= 2**32 or int(found[2]) >= 2**64:
+        raise click.UsageError(f"{option} is {text!r}, not EPOCH:SEQ{CHAIN_FORM if chain else ''}.")
+    return turn_pb2.TurnPosition(
+        epoch=int(found[1]), seq=int(found[2]), chain=bytes.fromhex(found[3] or "") if chain else b""
+    )

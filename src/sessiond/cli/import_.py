@@ -376,7 +376,10 @@ class Importer:
         back = [lost for lost in missing if lost.first_seq <= count]
         for _ in range(SETTLE_ATTEMPTS_MAX):
             if back and not self._accept_missing:
-                self._resume(session_id, highest_acked=(min(lost.epoch for lost in back), count))
+                acked = turn_pb2.TurnPosition(
+                    epoch=min(lost.epoch for lost in back), seq=count, chain=self._chain(session_id, count)
+                )
+                self._resume(session_id, highest_acked=acked)
             missing = self._client.get_session(session_id).missing
             back = [lost for lost in missing if lost.first_seq <= count]
             if not back or self._accept_missing:
@@ -385,6 +388,11 @@ class Importer:
             time.sleep(SETTLE_WAIT_S)
         if missing:
             self._tally.add("possibly_missing")
+
+    def _chain(self, session_id: str, seq: int) -> bytes:
+        """The chain at a turn that is the file's: proof of all up to it, whatever their epochs. Empty if not there."""
+        found = self._client.list_turns_page(session_id, first_seq=seq, last_seq=seq).turns
+        return found[0].chain if found else b""
 
     def _resume(self, session_id: str, **what: Any) -> None:
         # The smallest context that can be asked for: it is thrown away.

@@ -29,7 +29,11 @@ PARTS = ("instructions", "pins", "summary", "tail", "recalled", "new_message", "
 @click.option("--encoding", type=click.Choice(["o200k_base", "cl100k_base"]), help="How tokens are counted.")
 @click.option("--instructions", metavar="T", help="Instructions in place of the log's own; not stored.")
 @click.option("--new-message", metavar="T", help="The user's new message: counted, not stored.")
-@click.option("--highest-acked", metavar="EPOCH:SEQ", help="The newest turn that you saw acknowledged.")
+@click.option(
+    "--highest-acked",
+    metavar="EPOCH:SEQ[:CHAINHEX]",
+    help="The newest turn that you saw acknowledged; its chain, as append prints it, proves it.",
+)
 @click.option("--accept-missing", type=click.IntRange(min=0), metavar="EPOCH", help="Go on without its lost turns.")
 @click.option("--read-only", is_flag=True, help="Do not take the session over.")
 @click.option("--user", default="", metavar="U", help="The user whose session it must be.")
@@ -64,6 +68,7 @@ def command(
         raise click.UsageError("Give one of --json, --openai and --anthropic.")
     if last is not None and strategy not in (None, "last_n"):
         raise click.UsageError(f"--last goes with --strategy last_n, not {strategy}.")
+    acked = parse_position(highest_acked, "--highest-acked", chain=True) if highest_acked is not None else None
     with connect.client(server, timeout) as client:
         context = client.resume(
             session,
@@ -74,7 +79,7 @@ def command(
             encoding=encoding or "",
             instructions=instructions,
             new_message=new_message,
-            highest_acked=parse_position(highest_acked, "--highest-acked") if highest_acked is not None else None,
+            highest_acked=acked,
             accept_missing=accept_missing,
             read_only=read_only,
             user_id=user,

@@ -15,7 +15,7 @@ from typing import Any, Final, Generic, TypeVar
 from google.protobuf.message import Message
 
 from sessiond.client import turns as turn_makers
-from sessiond.client.context import Context
+from sessiond.client.context import Context, position_of
 from sessiond.client.failures import Attempts, item_error, make
 from sessiond.client.turns import TurnLike, enum, policy_proto, to_message, to_turns
 from sessiond.client.unconfirmed import Unconfirmed
@@ -48,8 +48,9 @@ DRAIN_S_MAX: Final = 3600.0
 
 Reply = TypeVar("Reply")
 Item = TypeVar("Item")
-# Whatever has a place in a log: a position, (epoch, seq), a seq, or what has a `head`.
-PositionLike = turn_pb2.TurnPosition | tuple[int, int] | int
+# Whatever has a place in a log: a position, a turn, (epoch, seq), a seq, or what has a `head`.
+PositionLike = turn_pb2.TurnPosition | turn_pb2.Turn | tuple[int, int] | int
+SinceLike = turn_pb2.TurnPosition | turn_pb2.Turn | int
 ContextSpecLike = context_pb2.ContextSpec | Mapping[str, Any]
 
 
@@ -83,10 +84,10 @@ class AppendResult:
 
     __slots__ = ("context", "proto")
 
-    def __init__(self, proto: session_pb2.AppendTurnResponse) -> None:
+    def __init__(self, proto: session_pb2.AppendTurnResponse, since: turn_pb2.TurnPosition | None = None) -> None:
         self.proto = proto
         # The context that results, if it was asked for and could be made; else see context_error.
-        self.context = Context(proto.context) if proto.HasField("context") else None
+        self.context = Context(proto.context, since) if proto.HasField("context") else None
 
     def __repr__(self) -> str:
         return f"<AppendResult {self.outcome}: head {self.head.epoch}:{self.head.seq}, cloud_seq {self.cloud_seq}>"
@@ -142,9 +143,12 @@ def context_spec(
     instructions: str | None = None,
     new_message: str | Mapping[str, Any] | turn_pb2.Message | None = None,
     context_etag: str = "",
-    since_seq: int | None = None,
+    since: SinceLike | None = None,
 ) -> context_pb2.ContextSpec:
-    """What a context should hold; whatever is not said is the session's policy's. Raises Invalid INVALID_CONTEXT."""
+    """What a context should hold; whatever is not said is the session's policy's. Raises Invalid INVALID_CONTEXT.
+
+    since: the last turn that the caller holds, as Context.last_position.
+    """
     return context_pb2.ContextSpec(
         budget_tokens=_unsigned(budget_tokens, "budget_tokens"),
         reserve_tokens=_unsigned(reserve_tokens, "reserve_tokens"),
@@ -154,7 +158,7 @@ def context_spec(
         instructions=instructions,
         new_message=None if new_message is None else to_message(new_message),
         context_etag=context_etag,
-        since_seq=since_seq,
+        since=_position(since),
     )
 
 
@@ -299,7 +303,7 @@ class Calls:
         instructions: str | None = None,
         new_message: str | Mapping[str, Any] | turn_pb2.Message | None = None,
         context_etag: str = "",
-        since_seq: int | None = None,
+        since: SinceLike | None = None,
         highest_acked: PositionLike | AppendResult | Context | None = None,
         known_checkpoint_version: int = 0,
         accept_missing: int | None = None,
@@ -311,7 +315,9 @@ class Calls:
 
         strategy: FULL, LAST_N, SUMMARY, HYBRID or RECALL; unsaid, the policy's, else HYBRID. encoding: o200k_base or
         cl100k_base. instructions, new_message: counted, not stored. highest_acked: the newest turn that the caller
-        saw acknowledged. accept_missing: go on without the turns of this epoch that may be missing.
+        saw acknowledged; with its chain, as replies give it, proof instead of a comparison. since: the last turn that
+        the caller holds (`held.last_position`): only newer ones are repeated, to `merge`. accept_missing: go on without
+        the turns of this epoch that may be missing.
         """
         request = session_pb2.ResumeSessionRequest(
             session_id=session_id,
@@ -325,7 +331,7 @@ class Calls:
                 instructions=instructions,
                 new_message=new_message,
                 context_etag=context_etag,
-                since_seq=since_seq,
+                since=since,
             ),
             highest_acked=_position(highest_acked),
             known_checkpoint_version=known_checkpoint_version,
@@ -333,7 +339,7 @@ class Calls:
             reset_to_session_id=reset_to_session_id,
             read_only=read_only,
         )
-        return _session_call("ResumeSession", request, lambda reply: Context(reply.context))
+        return _session_call("ResumeSession", request, lambda reply: Context(reply.context, _since(request.context)))
 
     def append(
         self,
@@ -369,7 +375,7 @@ class Calls:
             if self.unconfirmed is not None and reply.outcome != session_pb2.APPEND_OUTCOME_CONFLICT:
                 pairs = zip(request.turns, reply.turns, strict=True)
                 self.unconfirmed.acknowledged(session_id, pairs, reply.head.epoch, reply.cloud_seq, reply.missing)
-            return AppendResult(reply)
+            return AppendResult(reply, _since(request.context))
 
         return _session_call("AppendTurn", request, done)
 
@@ -457,8 +463,14 @@ def _position(value: Any) -> turn_pb2.TurnPosition | None:
         return value
     if isinstance(value, (AppendResult, Context)):
         return value.head
+    if isinstance(value, turn_pb2.Turn):
+        return position_of(value)
     epoch, seq = (0, value) if isinstance(value, int) else value
     return turn_pb2.TurnPosition(epoch=epoch, seq=seq)
+
+
+def _since(spec: context_pb2.ContextSpec) -> turn_pb2.TurnPosition | None:
+    return spec.since if spec.HasField("since") else None
 
 
 def _unsigned(value: int, field: str) -> int:

@@ -18,12 +18,13 @@ _OF_THE_WINDOW: Final = ("verbatim", "summarised", "recalled", "omitted", "break
 
 
 class Context:
-    """One ActiveContext. `proto` is all of it."""
+    """One ActiveContext. `proto` is all of it; `since` is what it was asked with."""
 
-    __slots__ = ("proto",)
+    __slots__ = ("proto", "since")
 
-    def __init__(self, proto: context_pb2.ActiveContext) -> None:
+    def __init__(self, proto: context_pb2.ActiveContext, since: turn_pb2.TurnPosition | None = None) -> None:
         self.proto = proto
+        self.since = since
 
     def __repr__(self) -> str:
         what = "not modified" if self.not_modified else f"{len(self.turns)} turns, {self.tokens.total} tokens"
@@ -70,6 +71,11 @@ class Context:
         return self.proto.receipt.head
 
     @property
+    def last_position(self) -> turn_pb2.TurnPosition | None:
+        """The last of `turns`, with its chain; give it as `since` of the next resume. None without turns."""
+        return position_of(self.turns[-1]) if self.turns else None
+
+    @property
     def cloud_seq(self) -> int:
         """The highest seq that the cloud tier has committed."""
         return self.proto.receipt.cloud_seq
@@ -81,14 +87,14 @@ class Context:
 
     @property
     def delta(self) -> bool:
-        """Only turns after since_seq are repeated; see `merge`."""
+        """Only turns after `since` are repeated; see `merge`."""
         return self.proto.delta
 
     def merge(self, previous: Context) -> Context:
         """The whole context, from this reply and the context that it builds on; a whole reply comes back as it is.
 
-        Raises Invalid INVALID_CONTEXT where `previous` is not that context: resume again without context_etag and
-        since_seq.
+        A reply to `since` is whole where the log has another turn there by now. Raises Invalid INVALID_CONTEXT where
+        `previous` is not the context that this one builds on: resume again without context_etag and since.
         """
         if not self.not_modified and not self.delta:
             return self
@@ -136,6 +142,7 @@ class Context:
         window = self.proto.window
         repeated = {turn.seq: turn for turn in self.turns}
         held = {turn.seq: turn for turn in previous.turns if turn.seq not in repeated}
+        proven_seq = self._proven_seq(previous)
         # Each message names the live one before it, so that what a rewind superseded falls out.
         turns: list[turn_pb2.Turn] = []
         seq = window.last_seq
@@ -143,7 +150,7 @@ class Context:
             turn = repeated.get(seq) or held.get(seq)
             if turn is None:
                 raise _unmergeable(f"turn {seq} of the window is in neither context")
-            if seq in held and seq > previous.cloud_seq and previous.head.epoch != self.head.epoch:
+            if seq in held and seq > max(previous.cloud_seq, proven_seq) and previous.head.epoch != self.head.epoch:
                 # It was provisional, and its place may be another turn's by now.
                 raise _unmergeable(f"the session changed hands, and turn {seq} may be another one now")
             turns.append(turn)
@@ -154,6 +161,18 @@ class Context:
         whole.turns.extend(reversed(turns))
         whole.delta = False
         return Context(whole)
+
+    def _proven_seq(self, previous: Context) -> int:
+        """Up to where the log holds the turns of `previous`: it had the chain that `since` named, and so has that."""
+        since = self.since
+        if since is None or not since.chain:
+            return 0
+        return since.seq if any((turn.seq, turn.chain) == (since.seq, since.chain) for turn in previous.turns) else 0
+
+
+def position_of(turn: turn_pb2.Turn) -> turn_pb2.TurnPosition:
+    """Where a turn stands, with the chain that proves it."""
+    return turn_pb2.TurnPosition(epoch=turn.epoch, seq=turn.seq, chain=turn.chain)
 
 
 def _name(kind: Any, number: int, prefix: str) -> str:
