@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import socket
 import tomllib
 from collections.abc import Mapping
@@ -142,8 +143,9 @@ def check(settings: Settings) -> Settings:
             raise _wrong("hash_key", f"it has {len(secret)} bytes; 16 to 64 are needed")
     if settings.log_level not in ("debug", "info", "warning", "error"):
         raise _wrong("log_level", f"{settings.log_level!r} is none of debug, info, warning, error")
-    if not settings.node or len(settings.node) > 128 or not all(c.isalnum() or c in "._-" for c in settings.node):
-        raise _wrong("node_name", f"{settings.node!r} has other characters than letters, digits, '.', '_' and '-'")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", settings.node):
+        what = f"{settings.node!r} is not 1 to 128 letters, digits, '.', '_' and '-' of ASCII, a letter or digit first"
+        raise _wrong("node_name", what)
     return settings
 
 

@@ -36,6 +36,7 @@ from sessiond.v1 import admin_pb2
 log = structlog.get_logger("sessiond")
 
 STORE_THREADS = 32
+COUNT_THREADS = 4
 STOP_GRACE_S = 2.0
 WARM_AFTER_S = 3.0
 DOUBTED_PER_COMMIT = 1000
@@ -91,8 +92,8 @@ class Daemon:
         refuse_network(str(settings.hot_dir), "data_dir")
         hot = Environment(settings.hot_dir, settings.map_size_bytes, settings.readers_max, settings.commit_group_max)
         opened.callback(hot.close)
+        opened_at = hot.transaction_id
         hot.bind_store(bucket.store_id)
-        identity = NodeIdentity(hot.incarnation, settings.node, settings.listen)
         loop = asyncio.get_running_loop()
 
         def lease_lost() -> None:
@@ -100,10 +101,17 @@ class Daemon:
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(server.shut_down.set)
 
-        lease = Lease(store, settings.node, hot.incarnation, settings.listen, settings.lease_ms, lease_lost)
-        if await asyncio.to_thread(lease.acquire) != hot.incarnation:
-            # Another hot tier, or none, held this node's name since these rows were written: they may own nothing now.
-            await asyncio.to_thread(doubt_all, hot)
+        lease = Lease(
+            store,
+            settings.node,
+            hot.incarnation,
+            settings.listen,
+            settings.lease_ms,
+            lease_lost,
+            transaction_id=lambda: hot.transaction_id,
+        )
+        await asyncio.to_thread(take_node, lease, hot, opened_at)
+        identity = NodeIdentity(hot.incarnation, settings.node, settings.listen)
         lease.start()
         opened.callback(lease.stop, False)
         flusher = Flusher(hot, store, identity, settings.flush_interval_ms, settings.flush_threads, now_ms)
@@ -113,6 +121,8 @@ class Daemon:
         opened.callback(claims.close)
         executor = ThreadPoolExecutor(max_workers=STORE_THREADS, thread_name_prefix="store")
         opened.callback(executor.shutdown, wait=True, cancel_futures=True)
+        counting = ThreadPoolExecutor(max_workers=COUNT_THREADS, thread_name_prefix="count")
+        opened.callback(counting.shutdown, wait=True, cancel_futures=True)
         parts = Parts(
             hot=hot,
             store=store,
@@ -124,6 +134,7 @@ class Daemon:
             segments=Segments(store),
             tokenizer=tokenizer,
             executor=executor,
+            counting=counting,
             clock_ms=now_ms,
             turn_bytes_max=settings.turn_bytes_max,
             default_budget_tokens=settings.default_budget_tokens,
@@ -166,6 +177,19 @@ class Daemon:
                     failures=dict(progress.failures),
                 )
         return clean
+
+
+def take_node(lease: Lease, hot: Environment, opened_at: int) -> None:
+    """Take the node's name, and find out whether the hot tier may believe its rows. opened_at: its newest commit."""
+    holder = lease.acquire()
+    ours = holder is not None and holder.get("incarnation") == hot.incarnation
+    if ours and holder is not None and int(holder.get("txn", 0)) > opened_at:
+        # An older copy of the disk was put back: what it says it owns went on without it.
+        lease.rename(hot.mint_incarnation())
+        ours = False
+    if not ours:
+        # Another hot tier, or none, held this node's name since these rows were written: they may own nothing now.
+        doubt_all(hot)
 
 
 def doubt_all(hot: Environment) -> None:

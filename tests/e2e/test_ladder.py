@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 
 import grpc
 import pytest
@@ -246,8 +247,10 @@ def test_a_drained_node_keeps_reading_and_takes_nothing() -> None:
         assert daemon.terminate() == 0
 
 
-def test_an_old_disk_put_back_is_not_served_as_if_nothing_had_happened() -> None:
-    with running_daemon(flush_interval_ms=NEVER_MS) as daemon:
+@pytest.mark.parametrize("lease_ms", [600_000, 500])
+def test_an_old_disk_put_back_is_not_served_as_if_nothing_had_happened(lease_ms: int) -> None:
+    """Seen at once where the lease tells how far the disk had come, else as soon as the manifest is met."""
+    with running_daemon(flush_interval_ms=NEVER_MS, lease_ms=lease_ms, node_name="n") as daemon:
         wire = Wire(daemon.address)
         wire.create("a")
         fill(wire, "a", 4)
@@ -258,20 +261,36 @@ def test_an_old_disk_put_back_is_not_served_as_if_nothing_had_happened() -> None
         wire = Wire(daemon.address)
         reply = fill(wire, "a", 4, first=5)
         wire.admin.Flush(admin_pb2.FlushRequest())
+        if lease_ms == 500:
+            lease = daemon.data_dir / "cloud" / "n" / "n"
+            before, deadline = lease.read_bytes(), time.monotonic() + 30
+            while lease.read_bytes() == before:
+                assert time.monotonic() < deadline
         daemon.kill()
         shutil.rmtree(daemon.data_dir / "hot")
         (daemon.data_dir / "copy").rename(daemon.data_dir / "hot")
         daemon.restart()
         wire = Wire(daemon.address)
-        # The caller's knowledge shows that the rows are old.
-        context = wire.resume("a", highest_acked=reply.head)
+        if lease_ms != 500:
+            # The caller's knowledge shows that the rows are old.
+            context = wire.resume("a", highest_acked=reply.head)
+            assert context.receipt.rung == PARTIAL
+            assert context.receipt.stale
+            # The manifest of our own epoch is ahead of our rows: it is never overwritten.
+            fill(wire, "a", 1, first=90)
+            answer = wire.admin.Flush(admin_pb2.FlushRequest())
+            assert dict(answer.failures) == {"HISTORY_DIVERGED": 1}
+        # What the cloud tier has counts, and the reply says that there may have been more.
+        context = wire.resume("a")
         assert context.receipt.rung == PARTIAL
-        assert context.receipt.stale
-        # The manifest of our own epoch is ahead of our rows: it is never overwritten.
-        fill(wire, "a", 1, first=90)
-        answer = wire.admin.Flush(admin_pb2.FlushRequest())
-        assert dict(answer.failures) == {"HISTORY_DIVERGED": 1}
+        assert [turn.turn_id for turn in context.turns] == [f"t{n}" for n in range(1, 9)]
+        # A caller whose newest turn is proved to be there misses nothing.
+        assert wire.resume("a", highest_acked=reply.head).receipt.rung in (HOT, CLOUD)
+        assert fill(wire, "a", 1, first=91).head.seq == 9
+        wire.resume("a", accept_missing=1)
         wire.close()
+        assert daemon.terminate() == 0
+        clean(daemon)
 
 
 def test_create_is_idempotent_and_a_mismatched_user_sees_nothing() -> None:

@@ -34,11 +34,14 @@ A frame is valid if and only if
   4. crc32c is the CRC32C of: the session's hash (16 bytes), frame bytes 0..143, frame bytes 147..end.
 Seeding the checksum with the session's hash makes a frame of another session invalid, wherever it turns up.
 
-    body digest = BLAKE2b-16(key = hash key, data = kind, role, status (a byte each), body without field 27)
+    body digest = BLAKE2b-16(key = hash key, data = kind, role, status (a byte each), fields 20 to 25 of the body)
     chain       = BLAKE2b-16(previous turn's chain, body digest); the chain before turn 1 is the session's hash
     session's hash h = BLAKE2b-16(key = hash key, data = len(tenant) as 2 bytes, tenant, session id), person "session"
 
-The digest covers what was received and not field 27, so a body can be redacted (flag 32) without breaking the chain.
+The digest covers what was said, not field 26 (what the caller knew about it, which may differ on a retry) nor field 27.
+A body can be redacted (flag 32) without breaking the chain: texts, arguments and URIs go, while turn_id, the kinds and
+order of parts, call ids, covered ranges, rewind targets and field 27 stay, so that a replay gives what it gave.
+Bits 24 to 31 of flags are the version of the replay rule under which the turn was appended, less 1.
 
 Token columns. `cumulative` counts every user, assistant and tool message ever appended, superseded ones too; it never
 falls. System, developer, summary, state, milestone and rewind turns add 0 to it and still carry their own `tokens`.

@@ -10,6 +10,7 @@ Meta keys (unknown ones are carried along in `extra` and written back):
     v                1
     tenant session user h          whose it is; h is the session's hash, checked against the object's name
     mutation         rises by one with every write of this manifest
+    write_id         8 random bytes of this very write: tells a write of ours from another under the same mutation
     epoch epochs     the present epoch; a row [epoch, incarnation, first_seq, last_mutation] per epoch, newest last
     owner            [incarnation, node, address], or nil once released
     birth            {created_ms, metadata, forked_from, forked_epoch, forked_seq, reset_of}
@@ -18,7 +19,9 @@ Meta keys (unknown ones are carried along in `extra` and written back):
     state            the fold of the log up to head (see `layout`)
     checkpoints      [[version, state], ...], the newest five, newest last
     turn_ids         24 bytes for each of the last turns: turn_id hash (8), body digest's start (8), seq (8, big-endian)
-    segments         rows [epoch, first, last, sha256, stored bytes, cumulative x3 at last, origin h, key id], ascending
+    segments         rows [epoch, first, last, sha256, stored bytes, cumulative x3 at last, origin h, key id, chain at
+                     last], ascending. origin h: empty for the session itself; a fork names its parent here, fetches
+                     from its segments, and checks their frames with that hash; its own payload holds only its own turns
     index            [name, first, last, rows] of the object that older rows were moved to, or nil
     kept kept_bytes  seqs of the kept frames, and their bytes in the payload
     inline_first     seq of the first inline frame; head + 1 if there is none
@@ -29,6 +32,9 @@ Meta keys (unknown ones are carried along in `extra` and written back):
     written_ms       when it was written, by the writer's clock
     orphans          rows [name, epoch, first, last, sha256] of objects with turns of a fenced node that are in no log
     state_keys pins  of StateService and forks: empty until used
+
+Rows only grow at their end: a reader takes the places that it knows and carries the others along. The epoch table keeps
+its newest EPOCH_ROWS_MAX rows; whether a write landed is told by write_id, never by rows that may be gone.
 """
 
 from __future__ import annotations
@@ -64,6 +70,7 @@ class Manifest:
     user: str
     h: bytes
     mutation: int
+    write_id: bytes
     epoch: int
     epochs: list[list[Any]]
     owner: list[Any] | None

@@ -113,6 +113,24 @@ class Standing:
     notice: str = ""
 
 
+def head_position(state: State) -> turn_pb2.TurnPosition:
+    """The newest turn, with the chain that proves the log up to it."""
+    return turn_pb2.TurnPosition(epoch=state.epoch, seq=state.cursor, chain=state.chain if state.cursor else b"")
+
+
+def holds(source: Source, state: State, position: turn_pb2.TurnPosition) -> bool | None:
+    """Whether the log holds this very turn: by its chain, else by its epoch; None where the position can't tell.
+
+    Raises HistoryNeeded if the turn has to be fetched first.
+    """
+    if position.seq > state.cursor:
+        return False
+    if not position.chain and not position.epoch:
+        return None
+    header, _ = source.frame(position.seq)
+    return header.chain == position.chain if position.chain else header.epoch == position.epoch
+
+
 def checkpoint_header(state: State) -> context_pb2.CheckpointHeader | None:
     """The header of the newest checkpoint that a state knows; None if none was taken."""
     epoch, seq, time_ms = state.boundary
@@ -166,7 +184,9 @@ def _etag(state: State, spec: Spec, standing: Standing) -> str:
     return digest.hexdigest()
 
 
-def _choose(source: Source, h: bytes, state: State, spec: Spec, tail: int, exact: int) -> tuple[Any, ...]:
+def _choose(
+    source: Source, h: bytes, state: State, spec: Spec, tail: int, exact: int, since_seq: int
+) -> tuple[Any, ...]:
     rows: list[Any] = []
     target, gathered = state.last_live_seq, 0
     stride = max(1, (spec.budget - spec.reserve) // STRIDES_PER_BUDGET)
@@ -187,7 +207,7 @@ def _choose(source: Source, h: bytes, state: State, spec: Spec, tail: int, exact
             tail,
             exact,
             stride,
-            spec.since_seq,
+            since_seq,
         )
         if fit[0] != FIT_MORE:
             return fit
@@ -208,7 +228,7 @@ def build(source: Source, h: bytes, state: State, spec: Spec, standing: Standing
         rung=standing.rung,  # type: ignore[arg-type]
         ownership=standing.ownership,  # type: ignore[arg-type]
         missing=standing.missing,
-        head=turn_pb2.TurnPosition(epoch=state.epoch, seq=standing.head_seq),
+        head=head_position(state),
         cloud_seq=standing.cloud_seq,
         stale=standing.stale,
         notice=standing.notice,
@@ -229,9 +249,10 @@ def build(source: Source, h: bytes, state: State, spec: Spec, standing: Standing
     tail = usable - fixed - max(spec.new_tokens, usable // NEW_MESSAGE_SHARE) if hybrid else exact
     if exact < 0:
         # What must be there leaves nothing for a tail; the minimum that is named has room for the newest one.
-        fit = _choose(source, h, state, spec, 0, 0)
+        fit = _choose(source, h, state, spec, 0, 0, 0)
         raise _too_small(spec, spec.reserve + fixed + spec.new_tokens + (fit[1] if fit[0] == FIT_NOTHING else 0))
-    fit = _choose(source, h, state, spec, max(0, tail), exact)
+    since_seq = spec.since.seq if spec.since is not None and holds(source, state, spec.since) is not False else 0
+    fit = _choose(source, h, state, spec, max(0, tail), exact, since_seq)
     if fit[0] == FIT_NOTHING:
         raise _too_small(spec, spec.reserve + fixed + spec.new_tokens + fit[1])
     _, first_seq, tail_tokens, messages, frames, ranges, before_seq, last_chain = fit
@@ -288,7 +309,7 @@ def build(source: Source, h: bytes, state: State, spec: Spec, standing: Standing
         strategy=spec.strategy,  # type: ignore[arg-type]
         checkpoint=checkpoint_header(state),
         context_etag=etag,
-        delta=spec.since_seq > 0,
+        delta=since_seq > 0,
         receipt=receipt,
         state=state_proto(state),
     )

@@ -35,6 +35,8 @@ LABEL_BYTES_MAX: Final = 1024
 PIN_KEY_BYTES_MAX: Final = 64
 PIN_VALUE_BYTES_MAX: Final = 2048
 MILESTONE_BYTES_MAX: Final = 128
+FLAG_BYTES_MAX: Final = 64
+CALL_ID_BYTES_MAX: Final = 512
 MODE_BYTES_MAX: Final = 128
 LAST_EXCHANGES_MAX: Final = 100_000
 BUDGET_TOKENS_MAX: Final = 2**31 - 1
@@ -158,7 +160,7 @@ class Spec:
         "new_tokens",
         "proto",
         "reserve",
-        "since_seq",
+        "since",
         "slot",
         "strategy",
     )
@@ -194,7 +196,7 @@ class Spec:
             if not 1 <= self.last_exchanges <= LAST_EXCHANGES_MAX:
                 what = f"LAST_N needs 1 to {LAST_EXCHANGES_MAX}, not {self.last_exchanges}"
                 raise invalid("INVALID_CONTEXT", f"{field}.last_exchanges", what)
-        self.since_seq = proto.since_seq if proto.HasField("since_seq") else 0
+        self.since = proto.since if proto.HasField("since") and proto.since.seq else None
         self.given_instructions = proto.instructions if proto.HasField("instructions") else None
         self.instructions_tokens = 0
         if self.given_instructions is not None:
@@ -212,6 +214,12 @@ class Spec:
             inputs += b"\x02" + self.new_message.SerializeToString(deterministic=True)
         numbers = (self.budget, self.reserve, self.strategy, self.encoding, self.last_exchanges)
         self.key = b"".join(number.to_bytes(4, "little") for number in numbers) + inputs
+
+
+def _check_call_id(call_id: str, field: str, reason: str) -> None:
+    # Calls that wait for a result stand in the state, which every append writes.
+    if len(call_id.encode()) > CALL_ID_BYTES_MAX:
+        raise invalid(reason, field, f"{len(call_id.encode())} bytes, over the limit of {CALL_ID_BYTES_MAX}")
 
 
 def _check_json(raw: bytes, field: str, reason: str) -> None:
@@ -243,10 +251,12 @@ def _check_message(message: turn_pb2.Message, role: int, field: str, reason: str
                 raise invalid(reason, f"{where}.tool_call", "only an assistant turn calls tools")
             if not part.tool_call.name:
                 raise invalid(reason, f"{where}.tool_call.name", "it is missing")
+            _check_call_id(part.tool_call.call_id, f"{where}.tool_call.call_id", reason)
             has_content = True
         elif kind == "tool_result":
             if role not in (turn_pb2.ROLE_TOOL, turn_pb2.ROLE_USER):
                 raise invalid(reason, f"{where}.tool_result", "only a tool or user turn answers calls")
+            _check_call_id(part.tool_result.call_id, f"{where}.tool_result.call_id", reason)
             for inner, piece in enumerate(part.tool_result.parts):
                 if piece.WhichOneof("kind") in (None, "tool_call", "tool_result"):
                     raise invalid(
@@ -288,6 +298,8 @@ def _check_change(change: turn_pb2.StateChange, field: str) -> None:
     check_metadata(dict(change.metadata), f"{field}.metadata")
     if len(change.flags) > FLAGS_MAX or "" in change.flags:
         raise invalid("INVALID_STATE_CHANGE", f"{field}.flags", f"more than {FLAGS_MAX} flags, or an empty name")
+    if any(len(name.encode()) > FLAG_BYTES_MAX for name in change.flags):
+        raise invalid("INVALID_STATE_CHANGE", f"{field}.flags", f"a name is over the limit of {FLAG_BYTES_MAX} bytes")
     if len(change.mode.encode()) > MODE_BYTES_MAX:
         raise invalid("INVALID_STATE_CHANGE", f"{field}.mode", f"over the limit of {MODE_BYTES_MAX} bytes")
     seen = set()
@@ -382,10 +394,11 @@ def prepare_turn(
     for pin in body.state.pins if kind == KIND_STATE else ():
         pin.ClearField("scope")
         pin.ClearField("set_at")
-    if turn.HasField("meta"):
-        body.meta.CopyFrom(turn.meta)
     prepared.body = body.SerializeToString(deterministic=True)
+    # What a caller says about a turn may differ from one try to the next; what the turn says may not.
     prepared.digest = rules.body_digest(hash_key, kind, role, prepared.status, prepared.body)
+    if turn.HasField("meta"):
+        prepared.body += turn_pb2.Turn(meta=turn.meta).SerializeToString(deterministic=True)
     if kind == KIND_MESSAGE:
         prepared.events = tool_events(prepared.body)
     with _naming(where):

@@ -28,7 +28,7 @@ from sessiond.errors import (
     Unimplemented,
 )
 from sessiond.service import context as contexts
-from sessiond.service.context import ColdSource, HotSource, Standing
+from sessiond.service.context import ColdSource, HotSource, Source, Standing
 from sessiond.service.pages import open_page, seal_page
 from sessiond.service.prepare import (
     Spec,
@@ -52,6 +52,7 @@ from sessiond.tiers.hot.rows import (
     DURABILITY_EDGE,
     PHASE_CLAIMING,
     PHASE_DOUBTED,
+    PHASE_FENCED,
     PHASE_OWNED,
     PHASE_RELEASING,
     Head,
@@ -63,6 +64,7 @@ from sessiond.tiers.hydrate import (
     Cold,
     Node,
     Segments,
+    claimed_epoch,
     first_manifest,
     indexed_session,
     load,
@@ -83,6 +85,7 @@ CONFLICT_TAIL_BYTES_MAX: Final = 1024**2
 INLINE_COUNT_BYTES_MAX: Final = 4096
 # A read that keeps finding the session changed under it gives up.
 ATTEMPTS_MAX: Final = 64
+OWN_ATTEMPTS_MAX: Final = 12
 # Left of a caller's deadline for the reply itself.
 REPLY_MARGIN_MS: Final = 20
 
@@ -115,6 +118,7 @@ class Parts:
     segments: Segments
     tokenizer: Tokenizer
     executor: Executor
+    counting: Executor
     clock_ms: Callable[[], int]
     turn_bytes_max: int
     default_budget_tokens: int
@@ -128,6 +132,7 @@ class Sessions:
         self._hot = parts.hot
         self._loads: dict[bytes, asyncio.Task[Cold | None]] = {}
         self._claiming: dict[bytes, asyncio.Task[bool]] = {}
+        self._creating: set[asyncio.Future[bool]] = set()
         self.draining = False
         self.rungs = dict.fromkeys(("HOT", "CLOUD", "PARTIAL", "RESET"), 0)
 
@@ -140,7 +145,8 @@ class Sessions:
     async def _counted(self, size_bytes: int, work: Callable[..., Result], *arguments: Any) -> Result:
         if size_bytes <= INLINE_COUNT_BYTES_MAX:
             return work(*arguments)
-        return await self._off_loop(work, *arguments)
+        # A pool of its own: a store that hangs must not hold up appends to sessions that are hot.
+        return await asyncio.get_running_loop().run_in_executor(self._parts.counting, work, *arguments)
 
     # Finding a session -------------------------------------------------------------------------------------------
 
@@ -187,7 +193,8 @@ class Sessions:
             return None
         if owner[0] == self._parts.node.incarnation:
             head = self._peek(manifest.h)
-            if head is not None and manifest.epoch in (head.epoch, head.claim[0] if head.claim else head.epoch):
+            known = head is not None and head.phase != PHASE_FENCED
+            if head is not None and known and manifest.epoch in (head.epoch, claimed_epoch(head)):
                 return None  # a claim of our own on its way into the rows, or a release on its way out
         if owner[0] != self._parts.node.incarnation and owner[1] != self._parts.node.name:
             raise unavailable_owner(manifest)
@@ -195,6 +202,11 @@ class Sessions:
             return None
         # The owner's hot tier is gone: this node holds the owner's name, and not its rows.
         return [manifest.epoch, manifest.head, REASON_LOST, 0]
+
+    async def settle(self) -> None:
+        """Return once no creation or claim is on its way; after `draining` is set, none begins."""
+        while self._creating or self._claiming:
+            await asyncio.wait({*self._creating, *self._claiming.values()})
 
     def _start_claim(self, h: bytes, cold: Cold, loss: list[int] | None) -> asyncio.Task[bool]:
         """Take the session; one claim at a time."""
@@ -222,7 +234,7 @@ class Sessions:
 
     async def _own(self, h: bytes, session_id: str, user_id: str) -> None:
         """Return once this node owns the session and holds its rows. Raises NotFound, Unavailable, Corrupt."""
-        for _ in range(ATTEMPTS_MAX):
+        for attempt in range(OWN_ATTEMPTS_MAX):
             await self._settle_doubt(h)
             head = self._peek(h)
             if head is not None and head.phase == PHASE_OWNED:
@@ -234,7 +246,8 @@ class Sessions:
             if claiming is None:
                 cold = await self._cold(h, session_id, user_id)
                 claiming = self._start_claim(h, cold, self._loss(cold.manifest))
-            await asyncio.shield(claiming)
+            if not await asyncio.shield(claiming):
+                await asyncio.sleep(min(0.25, 0.005 * 2**attempt))
         raise Unavailable("NOT_OWNER", f"Session {session_id!r} keeps changing hands.", {"session_id": session_id})
 
     async def _backfill(self, h: bytes, needed: log.HistoryNeeded) -> None:
@@ -242,10 +255,16 @@ class Sessions:
         with self._hot.read() as transaction:
             head = log.read_head(transaction, h)
             value = transaction.get("manifests", h)
-        if head is None or value is None or head.hot_first <= 1:
-            raise Corrupt("CORRUPT_HOT_ROW", f"Turn {needed.first_seq} of session {h.hex()} is missing from its rows.")
-        with self._hot.read() as transaction:
-            manifest = decode_committed(h, transaction.get("manifests", h))
+            if head is None or value is None:
+                return  # released meanwhile: the caller looks again
+            if needed.first_seq >= head.hot_first:
+                try:
+                    log.frame_at(transaction, h, needed.first_seq)
+                except log.HistoryNeeded:
+                    what = f"Turn {needed.first_seq} of session {h.hex()} is missing from its rows."
+                    raise Corrupt("CORRUPT_HOT_ROW", what) from None
+                return  # somebody else fetched it
+            manifest = decode_committed(h, value)
         last_seq = head.hot_first - 1
 
         def fetch() -> None:
@@ -300,7 +319,10 @@ class Sessions:
             manifest = first_manifest(
                 self._parts.node, call.tenant, session_id, request.user_id, h, birth, policy, now_ms
             )
-            created = await self._off_loop(self._parts.claims.create, manifest)
+            creating = asyncio.ensure_future(self._off_loop(self._parts.claims.create, manifest))
+            self._creating.add(creating)
+            creating.add_done_callback(self._creating.discard)
+            created = await asyncio.shield(creating)
         try:
             session = await self._describe(call, h, session_id, request.user_id)
         except NotFound as error:
@@ -367,7 +389,7 @@ class Sessions:
             lifecycle=session_pb2.LIFECYCLE_ARCHIVED
             if lifecycle == LIFECYCLE_ARCHIVED
             else session_pb2.LIFECYCLE_ACTIVE,
-            head=turn_pb2.TurnPosition(epoch=state.epoch, seq=head.head_seq if head else manifest.head),
+            head=contexts.head_position(state),
             cloud_seq=head.cloud_seq if head else manifest.head,
             epoch=head.epoch if head else manifest.epoch,
             checkpoint=contexts.checkpoint_header(state),
@@ -500,11 +522,12 @@ class Sessions:
                         spec = self._inline_spec(request.context, head.policy)
                     if spec is not None:
                         state = states.decode(head.state)
-                        standing = self._standing(request, head, state)
+                        source = HotSource(transaction, h, head)
+                        standing = self._standing(request, head, state, source)
                         if fetched and standing.rung == context_pb2.RUNG_HOT:
                             standing.rung = context_pb2.RUNG_CLOUD
                         try:
-                            reply = contexts.build(HotSource(transaction, h, head), h, state, spec, standing)
+                            reply = contexts.build(source, h, state, spec, standing)
                         except log.HistoryNeeded as error:
                             needed = error
                         else:
@@ -550,11 +573,13 @@ class Sessions:
                 reason=reason,  # type: ignore[arg-type]
                 possible_only=True,
             )
-            for epoch, after_seq, reason, accepted in loss
+            for epoch, after_seq, reason, accepted in (row[:4] for row in loss)
             if not accepted
         ]
 
-    def _standing(self, request: session_pb2.ResumeSessionRequest, head: Head, state: State) -> Standing:
+    def _standing(
+        self, request: session_pb2.ResumeSessionRequest, head: Head, state: State, source: Source | None
+    ) -> Standing:
         """How a hot session is served: HOT, or PARTIAL where something is or may be missing."""
         standing = Standing(
             rung=context_pb2.RUNG_HOT,
@@ -563,23 +588,29 @@ class Sessions:
             head_seq=head.head_seq,
             cloud_seq=head.cloud_seq,
         )
-        self._judge(standing, request, head.loss, state)
+        self._judge(standing, request, head.loss, state, source)
         return standing
 
     def _judge(
-        self, standing: Standing, request: session_pb2.ResumeSessionRequest, loss: list[list[int]], state: State
+        self,
+        standing: Standing,
+        request: session_pb2.ResumeSessionRequest,
+        loss: list[list[int]],
+        state: State,
+        source: Source | None,
     ) -> None:
         """Fill in what is missing, from what was lost and from what the caller knows."""
         acked = request.highest_acked
         knows = request.HasField("highest_acked")
+        proved = self._proved(source, state, acked) if knows else None
         accepts = request.accept_missing if request.HasField("accept_missing") else -1
         for row in loss:
-            epoch, after_seq, reason, accepted = row
+            epoch, after_seq, reason, accepted = row[:4]
             if knows and acked.epoch <= epoch:
-                if acked.seq <= after_seq:
-                    continue  # all that this caller had acknowledged survived
-                if not accepted and acked.seq <= standing.head_seq:
-                    continue  # it was appended again since
+                if proved or (proved is None and acked.seq <= after_seq):
+                    continue  # all that this caller had acknowledged is in the log
+                if proved is None and not accepted and acked.seq <= standing.head_seq:
+                    continue  # by seq alone: it was appended again since
                 if accepted and accepts < epoch:
                     # Others went on without these turns; whoever had them acknowledged must hear of it.
                     lost = context_pb2.MissingRange(first_seq=after_seq + 1, last_seq=acked.seq, epoch=epoch)
@@ -587,11 +618,16 @@ class Sessions:
                     standing.missing.append(lost)
                     continue
             standing.missing += self._missing([row])
-        if knows and acked.seq > standing.head_seq:
+        beyond = knows and acked.seq > standing.head_seq
+        unlike = proved is False and not beyond and not standing.missing and accepts < acked.epoch
+        if beyond or unlike:
             standing.stale = True
             standing.missing.append(
                 context_pb2.MissingRange(
-                    first_seq=standing.head_seq + 1, last_seq=acked.seq, epoch=acked.epoch, reason=REASON_LOST
+                    first_seq=standing.head_seq + 1 if beyond else acked.seq,
+                    last_seq=acked.seq,
+                    epoch=acked.epoch,
+                    reason=REASON_LOST,
                 )
             )
         version = state.boundary[0] << 32 | state.boundary[1]
@@ -605,6 +641,15 @@ class Sessions:
                 f"messages after number {first.first_seq - 1} were not all recovered."
             )
 
+    def _proved(self, source: Source | None, state: State, acked: turn_pb2.TurnPosition) -> bool | None:
+        """Whether the log holds what a caller had acknowledged, where its chain can tell; None where it can't."""
+        if source is None or not acked.chain or not acked.seq:
+            return None
+        try:
+            return contexts.holds(source, state, acked)
+        except log.HistoryNeeded:
+            return None
+
     async def _accept_missing(self, h: bytes, request: session_pb2.ResumeSessionRequest) -> None:
         """Go on without turns of an epoch that may be missing; durable before the reply."""
         if request.read_only:
@@ -616,9 +661,13 @@ class Sessions:
     async def _note_reached(self, h: bytes, request: session_pb2.ResumeSessionRequest) -> None:
         """A caller had turns acknowledged that were lost, and the log has reached them again: they were re-appended."""
         acked = request.highest_acked
-        head = self._peek(h)
-        if head is None:
-            return
+        with self._hot.read() as transaction:
+            head = log.read_head(transaction, h)
+            if head is None:
+                return
+            source = HotSource(transaction, h, head)
+            if acked.chain and not self._proved(source, states.decode(head.state), acked):
+                return
 
         def reached(row: list[int]) -> bool:
             return acked.epoch <= row[0] and row[1] < acked.seq <= head.head_seq and not row[3]
@@ -666,12 +715,12 @@ class Sessions:
                 losses.append(loss)
         except Unavailable:
             claimable = False
-        self._judge(standing, request, losses, state)
+        source = ColdSource(manifest)
+        self._judge(standing, request, losses, state, source)
         if not claimable:
             standing.rung = context_pb2.RUNG_PARTIAL
             standing.missing.append(unreachable(manifest))
             standing.notice = standing.notice or "The newest part of this conversation can't be reached at the moment."
-        source = ColdSource(manifest)
         for _ in range(ATTEMPTS_MAX * 16):
             try:
                 reply = contexts.build(source, h, state, spec, standing)
@@ -731,7 +780,7 @@ class Sessions:
             if error.reason != "EXPECTED_MISMATCH" or request.conflict_mode != session_pb2.CONFLICT_MODE_RETURN_TAIL:
                 raise
             assert expected is not None
-            return None, await self._conflict(h, expected[1])
+            return None, await self._conflict(h, self._shared_seq(h, expected))
         head = done.head
         if max(request.durability, head.min_durability) >= DURABILITY_CLOUD:
             await self._reach(call, h, done)
@@ -766,6 +815,8 @@ class Sessions:
         weight_bytes = sum(len(turn.body) for turn in turns)
 
         def operation(transaction: Transaction) -> log.Appended | log.HistoryNeeded:
+            if self.draining:
+                raise draining()
             now_ms = self._parts.clock_ms()
 
             def birth() -> dict[str, str]:
@@ -797,15 +848,18 @@ class Sessions:
         detail = "the cloud tier did not confirm in time"
         for _ in range(ATTEMPTS_MAX):
             head = self._peek(h)
-            if head is not None and head.cloud_seq >= last_seq and head.changes_flushed >= done.head.changes:
+            same = head is not None and head.epoch == done.head.epoch
+            if head is not None and same and head.cloud_seq >= last_seq and head.changes_flushed >= done.head.changes:
                 return
-            if head is not None and head.phase not in (PHASE_OWNED, PHASE_RELEASING):
+            if head is None or head.epoch != done.head.epoch or head.phase not in (PHASE_OWNED, PHASE_RELEASING):
                 detail = "the session changed hands"
                 break
             try:
                 await wait_until(asyncio.wrap_future(self._parts.flusher.request(h)), self._remaining_ms(call))
             except TimeoutError:
                 break
+            except Corrupt:
+                raise  # sending the turn again could not complete it
             except SessiondError as error:
                 detail = error.message
                 break
@@ -835,7 +889,7 @@ class Sessions:
             else session_pb2.APPEND_OUTCOME_APPENDED
         )
         response.turns.extend(appended_proto(turn) for turn in done.turns)
-        response.head.epoch, response.head.seq = state.epoch, head.head_seq
+        response.head.CopyFrom(contexts.head_position(state))
         response.cloud_seq = head.cloud_seq
         response.checkpoint_version = state.boundary[0] << 32 | state.boundary[1]
         last_seq = max(turn.seq for turn in done.turns)
@@ -843,11 +897,19 @@ class Sessions:
         response.ownership = self._ownership()  # type: ignore[assignment]
         response.missing.extend(self._missing(head.loss))
 
+    def _shared_seq(self, h: bytes, expected: tuple[int, int]) -> int:
+        """Up to where a caller who believes in this head shares our log: a later epoch may have begun below its seq."""
+        epoch, seq = expected
+        with self._hot.read() as transaction:
+            value = transaction.get("manifests", h)
+            epochs = decode_committed(h, value).epochs if value is not None and epoch else []
+        return min([seq, *(int(row[2]) - 1 for row in epochs if row[0] > epoch)])
+
     async def _conflict(self, h: bytes, after_seq: int) -> session_pb2.AppendTurnResponse:
         frames, reached, head = await self._read_turns(h, after_seq + 1, 0, CONFLICT_TAIL_BYTES_MAX, TURNS_PAGE_MAX)
         conflict = session_pb2.AppendConflict.FromString(frames)
         state = states.decode(head.state)
-        conflict.head.epoch, conflict.head.seq = state.epoch, head.head_seq
+        conflict.head.CopyFrom(contexts.head_position(state))
         conflict.truncated = reached < head.head_seq
         return session_pb2.AppendTurnResponse(
             outcome=session_pb2.APPEND_OUTCOME_CONFLICT,
@@ -908,7 +970,7 @@ class Sessions:
         try:
             frames, reached, head = await self._read_turns(h, first_seq, last_seq, PAGE_BYTES_MAX, size)
             check_user(request.session_id, head.user, request.user_id)
-            standing = self._standing(session_pb2.ResumeSessionRequest(), head, states.decode(head.state))
+            standing = self._standing(session_pb2.ResumeSessionRequest(), head, states.decode(head.state), None)
             if first_seq < head.hot_first and standing.rung == context_pb2.RUNG_HOT:
                 standing.rung = context_pb2.RUNG_CLOUD
             epoch = states.decode(head.state).epoch
@@ -969,7 +1031,7 @@ class Sessions:
             losses += [loss] if loss else []
         except Unavailable:
             standing.missing.append(unreachable(manifest))
-        self._judge(standing, session_pb2.ResumeSessionRequest(), losses, state)
+        self._judge(standing, session_pb2.ResumeSessionRequest(), losses, state, ColdSource(manifest))
         last = min(last_seq or manifest.head, manifest.head, first_seq + turns_max - 1)
         if first_seq > last:
             return b"", first_seq - 1, standing, state.epoch
@@ -1083,7 +1145,7 @@ def appended_proto(turn: log.Placed) -> session_pb2.AppendedTurn:
     """Where one turn ended up, as the wire has it."""
     return session_pb2.AppendedTurn(
         turn_id=turn.turn_id,
-        position=turn_pb2.TurnPosition(epoch=turn.epoch, seq=turn.seq),
+        position=turn_pb2.TurnPosition(epoch=turn.epoch, seq=turn.seq, chain=turn.chain),
         duplicate=turn.duplicate,
         append_time_unix_ms=turn.time_ms,
         tokens_o200k=turn.tokens[0],

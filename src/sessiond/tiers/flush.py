@@ -7,6 +7,7 @@ rows is reported and never overwritten, and that one session has one flusher at 
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -32,6 +33,7 @@ from sessiond.core.manifest import (
 )
 from sessiond.errors import Conflict, Corrupt, SessiondError, Unavailable
 from sessiond.tiers.cloud.bucket import refusal, segment_index_key, segment_key
+from sessiond.tiers.cloud.lease import boot_clock_ms
 from sessiond.tiers.cloud.store import Ambiguous, ObjectStore, StoreError
 from sessiond.tiers.hot import log
 from sessiond.tiers.hot.environment import Environment, Transaction
@@ -51,8 +53,8 @@ BACKOFF_FIRST_MS = 200
 BACKOFF_LAST_MS = 10_000
 # Dirty sessions looked at in one round; the rest wait for the next.
 ROUND_SESSIONS_MAX = 4096
-# Rounds of one flush that find ever more to seal before it commits what it has.
-SEAL_ROUNDS_MAX = 1024
+# Segments of one flush after which more than a tail may travel inline.
+SEAL_ROUNDS_MAX = 8
 
 
 @dataclass(slots=True)
@@ -96,6 +98,8 @@ class Flusher:
         self._wait = wait
         self._segments = Segments(store)
         self._pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="flush")
+        # Somebody waits for these: they must not stand behind everything that is merely due.
+        self._urgent = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="flush-now")
         self._lock = threading.Lock()
         self._running: set[bytes] = set()
         self._waiting: dict[bytes, list[tuple[bool, Future[Flushed]]]] = {}
@@ -117,6 +121,7 @@ class Flusher:
         if self._thread is not None:
             self._thread.join()
         self._pool.shutdown(wait=True)
+        self._urgent.shutdown(wait=True)
 
     def request(self, h: bytes, release: bool = False) -> Future[Flushed]:
         """Flush this session now, and release it if asked. The future has the outcome, or the refusal."""
@@ -129,7 +134,7 @@ class Flusher:
             self._waiting.setdefault(h, []).append((release, future))
             if h not in self._running:
                 self._running.add(h)
-                self._pool.submit(self._run, h)
+                self._urgent.submit(self._run, h)
         return future
 
     def dirty(self) -> tuple[int, int]:
@@ -148,14 +153,14 @@ class Flusher:
                 self.last_error = error.reason
 
     def _round(self) -> None:
-        now_ms = self._clock_ms()
+        now_ms, boot_ms = self._clock_ms(), boot_clock_ms()
         due: list[bytes] = []
         with self._hot.read() as transaction:
             for key, value in transaction.scan("dirty", b""):
                 retry_ms = self._not_before.get(key, (0, 0))[0]
                 age_ms = now_ms - int.from_bytes(value, "big")
                 # A clock that stepped back must not hold a flush up for long.
-                if (age_ms >= self._interval_ms or age_ms < -self._interval_ms) and retry_ms <= now_ms:
+                if (age_ms >= self._interval_ms or age_ms < -self._interval_ms) and retry_ms <= boot_ms:
                     due.append(key)
                 if len(due) >= ROUND_SESSIONS_MAX:
                     break
@@ -192,7 +197,7 @@ class Flusher:
     def _note_failure(self, h: bytes, error: BaseException) -> None:
         self.last_error = error.reason if isinstance(error, SessiondError) else type(error).__name__
         backoff_ms = min(BACKOFF_LAST_MS, 2 * self._not_before.get(h, (0, BACKOFF_FIRST_MS // 2))[1])
-        self._not_before[h] = (self._clock_ms() + backoff_ms, backoff_ms)
+        self._not_before[h] = (boot_clock_ms() + backoff_ms, backoff_ms)
 
     def flush(self, h: bytes, release: bool = False) -> Flushed:
         """Commit this session's newest state to the cloud tier, and release it if asked. Blocks.
@@ -216,14 +221,16 @@ class Flusher:
 
     def _flush(self, h: bytes, release: bool) -> Flushed:
         sealed: list[list[Any]] = []
-        for _ in range(SEAL_ROUNDS_MAX):
-            cut = self._look(h, sealed, release)
+        while True:
+            # A session that is written to without a pause would be sealed for ever: after some rounds what came in
+            # meanwhile travels inline, though it is more than a tail should be.
+            inline_max = INLINE_TAIL_BYTES_MAX if len(sealed) < SEAL_ROUNDS_MAX else SEGMENT_BYTES_MAX
+            cut = self._look(h, sealed, release, inline_max)
             if isinstance(cut, Flushed):
                 return cut
             if not cut.tail:
                 break
             sealed.append(self._put_segment(cut))
-        assert isinstance(cut, _Cut)
         if len(cut.manifest.segments) > SEGMENT_ROWS_MAX:
             self._spill(cut.manifest)
         try:
@@ -244,7 +251,7 @@ class Flusher:
 
         self._hot.run_blocking(operation)
 
-    def _look(self, h: bytes, sealed: list[list[Any]], release: bool) -> _Cut | Flushed:
+    def _look(self, h: bytes, sealed: list[list[Any]], release: bool, inline_max: int) -> _Cut | Flushed:
         with self._hot.read() as transaction:
             head = log.read_head(transaction, h)
             if head is None or head.phase not in (PHASE_OWNED, PHASE_RELEASING):
@@ -261,7 +268,7 @@ class Flusher:
             tail, tail_last = b"", first_unsealed - 1
             if first_unsealed <= head.head_seq:
                 tail, tail_last = log.frames_between(transaction, h, first_unsealed, head.head_seq, SEGMENT_BYTES_MAX)
-                if tail_last == head.head_seq and len(tail) < INLINE_TAIL_BYTES_MAX:
+                if tail_last == head.head_seq and len(tail) < inline_max:
                     tail = b""
             if tail:
                 return _Cut(head, base, base, tail, tail_last)
@@ -280,7 +287,10 @@ class Flusher:
         for place in (state.instructions, *state.summary):
             if place is None or place[0] >= inline_first:
                 continue
-            header, buffer = log.frame_at(transaction, h, place[0])
+            try:
+                header, buffer = log.frame_at(transaction, h, place[0])
+            except log.HistoryNeeded:
+                continue  # too large to be kept before, so it is in its segment only
             frame = bytes(buffer[header.offset : header.end])
             if sum(map(len, pieces)) + len(frame) <= KEPT_BYTES_MAX:
                 kept.append(place[0])
@@ -292,6 +302,7 @@ class Flusher:
         return replace(
             base,
             mutation=mutation,
+            write_id=os.urandom(8),
             epochs=[*base.epochs[:-1], [*base.epochs[-1][:3], mutation]],
             owner=None if release else [self._node.incarnation, self._node.name, self._node.address],
             policy=head.policy,
@@ -336,7 +347,7 @@ class Flusher:
         body = envelope.seal(envelope.KIND_SEGMENT, meta, cut.tail)
         sha256 = hashlib.sha256(body).digest()
         self._put_immutable(segment_key(base.h, head.epoch, first.seq, sha256), body)
-        return [head.epoch, first.seq, last.seq, sha256, len(body), *last.cumulative, b"", b""]
+        return [head.epoch, first.seq, last.seq, sha256, len(body), *last.cumulative, b"", b"", last.chain]
 
     def _put_immutable(self, key: str, body: bytes) -> None:
         # The name carries the content's hash, so writing it twice is writing it once.
@@ -375,7 +386,8 @@ class Flusher:
             head.changes_flushed = max(head.changes_flushed, changes)
             head.committed_durability = int(manifest.policy.get("min_durability", 0))
             if release:
-                head.phase = PHASE_RELEASED
+                # Nothing can be appended while a release is on its way; if something was, it is kept for a later claim.
+                head.phase = PHASE_RELEASED if head.head_seq == manifest.head else PHASE_FENCED
             transaction.put("manifests", h, encode_committed(h, manifest))
             transaction.delete("dirty", h)
             log.write_head(transaction, h, head, self._clock_ms())
@@ -390,6 +402,8 @@ class Flusher:
         theirs, head = found.manifest, cut.head
         if theirs.epoch == head.epoch and theirs.epochs[-1][1] == self._node.incarnation:
             if not self._is_ours(h, theirs, head):
+                # An older disk was put back: the manifest counts from here on, and what only the rows have is kept.
+                self._fence(h)
                 raise Corrupt(
                     "HISTORY_DIVERGED",
                     f"The manifest of session {head.session!r} is at turn {theirs.head} of our epoch {head.epoch};"
@@ -414,9 +428,15 @@ class Flusher:
             return False
         if theirs.head == 0:
             return True
-        with self._hot.read() as transaction:
-            header, _ = log.frame_at(transaction, h, theirs.head)
-        return header.chain == states.decode(theirs.state).chain
+        chain = states.decode(theirs.state).chain
+        if theirs.head == head.head_seq:
+            return states.decode(head.state).chain == chain
+        try:
+            with self._hot.read() as transaction:
+                header, _ = log.frame_at(transaction, h, theirs.head)
+        except log.HistoryNeeded:
+            return theirs.head <= head.cloud_seq  # below the hot rows there is only what was read from the cloud tier
+        return header.chain == chain
 
     def _fence(self, h: bytes) -> None:
         def operation(transaction: Transaction) -> None:

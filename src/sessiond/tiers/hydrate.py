@@ -7,10 +7,12 @@ committed in both tiers. It never reads a clock and never renews a lease.
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -185,9 +187,9 @@ def put_settled(
 ) -> str:
     """Commit a manifest by one conditional write and return its etag; DESIGN.md, "Commit".
 
-    etag: None to create. The same bytes are sent again after an ambiguous attempt; it landed if the manifest is at our
-    epoch and incarnation with at least our mutation, or the epoch table says so. Raises Conflict EPOCH_LOST when
-    another write was first, Unavailable COMMIT_UNKNOWN when nobody can tell, and as the store does.
+    etag: None to create. The same bytes are sent again after an ambiguous attempt; they landed if the manifest is this
+    very write. Raises Conflict EPOCH_LOST when another write stands there, a later one of a successor included,
+    Unavailable COMMIT_UNKNOWN when nobody can tell, and as the store does.
     """
     name, body = manifest_key(h), manifests.seal(manifest)
     ambiguous: StoreError | None = None
@@ -200,28 +202,30 @@ def put_settled(
         except PreconditionLost as error:
             if ambiguous is None:
                 raise refusal(error) from error
-            found = load(store, h)
-            if found is not None and landed(found.manifest, manifest):
+            found = _look_again(store, h, ambiguous)
+            if found is not None and is_write(found.manifest, manifest):
                 return found.etag
             raise refusal(error) from error
         except StoreError as error:
             raise refusal(ambiguous or error) from error
     assert ambiguous is not None
-    found = load(store, h)
-    if found is not None and found.manifest.mutation == manifest.mutation and landed(found.manifest, manifest):
+    found = _look_again(store, h, ambiguous)
+    if found is not None and is_write(found.manifest, manifest):
         return found.etag
     raise refusal(ambiguous)
 
 
-def landed(found: Manifest, sent: Manifest) -> bool:
-    """Whether the write of `sent` is part of the history of `found`."""
-    if not sent.epochs:
-        return False
-    epoch, incarnation = sent.epochs[-1][0], sent.epochs[-1][1]
-    for row in found.epochs:
-        if row[0] == epoch and row[1] == incarnation:
-            return bool((found.mutation if found.epoch == epoch else row[3]) >= sent.mutation)
-    return False
+def _look_again(store: ObjectStore, h: bytes, ambiguous: StoreError) -> Cold | None:
+    """What stands there after an ambiguous attempt; if that can't be read either, the outcome stays unknown."""
+    try:
+        return load(store, h)
+    except SessiondError as error:
+        raise refusal(ambiguous) from error
+
+
+def is_write(found: Manifest, sent: Manifest) -> bool:
+    """Whether the manifest that was found is this very write."""
+    return found.epoch == sent.epoch and found.mutation == sent.mutation and found.write_id == sent.write_id
 
 
 def first_manifest(
@@ -241,6 +245,7 @@ def first_manifest(
         user=user,
         h=h,
         mutation=1,
+        write_id=os.urandom(8),
         epoch=1,
         epochs=[[1, node.incarnation, 1, 1]],
         owner=[node.incarnation, node.name, node.address],
@@ -291,7 +296,7 @@ class Claims:
 
         def remember(transaction: Transaction) -> bool:
             known = log.read_head(transaction, h)
-            if known is not None and known.phase != PHASE_CLAIMING:
+            if known is not None and (known.phase != PHASE_CLAIMING or known.claim is not None):
                 return False
             if known is None:
                 transaction.put("heads", h, encode_head(h, intent))
@@ -305,9 +310,11 @@ class Claims:
                 etag = put_settled(self._store, h, manifest, None, self._wait)
             except Conflict:
                 found = load(self._store, h)
-                mine = found is not None and found.manifest.mutation == 1 and landed(found.manifest, manifest)
+                mine = found is not None and found.manifest.mutation == 1 and self._owns(found.manifest)
                 if found is None or not mine:
                     self._forget(h)
+                    index.result()
+                    self._drop_stray_index(manifest, found.manifest if found else None)
                     return False
                 # Our own earlier attempt, whose answer was lost; what it wrote is what counts, and may lack its index.
                 manifest, etag = found.manifest, found.etag
@@ -323,9 +330,22 @@ class Claims:
         self._settle(manifest, etag)
         return True
 
-    def _put_user_index(self, manifest: Manifest) -> None:
+    def _owns(self, manifest: Manifest) -> bool:
+        return manifest.owner is not None and manifest.owner[0] == self._node.incarnation
+
+    def _drop_stray_index(self, manifest: Manifest, found: Manifest | None) -> None:
+        """Take back the row of a creation that came second; a listing would pass over it, and pay for it, for ever."""
+        ours = self._index_key(manifest)
+        if found is not None and ours != self._index_key(found):
+            with suppress(StoreError):
+                self._store.delete(ours)
+
+    def _index_key(self, manifest: Manifest) -> str:
         created_ms = int(manifest.birth["created_ms"])
-        key = self._bucket.user_index_key(manifest.tenant, manifest.user, created_ms, manifest.h)
+        return self._bucket.user_index_key(manifest.tenant, manifest.user, created_ms, manifest.h)
+
+    def _put_user_index(self, manifest: Manifest) -> None:
+        created_ms, key = int(manifest.birth["created_ms"]), self._index_key(manifest)
         meta = {
             "v": 1,
             "tenant": manifest.tenant,
@@ -358,10 +378,11 @@ class Claims:
         manifest = replace(
             old,
             mutation=old.mutation + 1,
+            write_id=os.urandom(8),
             epoch=epoch,
             epochs=[*owned, [epoch, self._node.incarnation, old.head + 1, old.mutation + 1]][-EPOCH_ROWS_MAX:],
             owner=[self._node.incarnation, self._node.name, self._node.address],
-            loss=[*old.loss, *([loss] if loss else [])][-LOSS_ROWS_MAX:],
+            loss=bounded_loss([*old.loss, *([loss] if loss else [])]),
             orphans=[*old.orphans, *([orphan] if orphan else [])],
             written_ms=now_ms,
         )
@@ -373,7 +394,8 @@ class Claims:
             if known is not None and known.head_seq > known.cloud_seq and not orphan:
                 return False  # what this node alone has is never given up
             intent = known or head_from_manifest(old, cold.etag, old.epoch, PHASE_CLAIMING)
-            intent.claim = [epoch, self._node.incarnation]
+            # The third place: these rows hold acknowledged turns that no log has, until the claim is settled.
+            intent.claim = [epoch, self._node.incarnation, int(orphan is not None)]
             intent.phase = PHASE_CLAIMING
             transaction.put("heads", h, encode_head(h, intent))
             return True
@@ -383,11 +405,8 @@ class Claims:
         try:
             etag = put_settled(self._store, h, manifest, cold.etag, self._wait)
         except Conflict:
-            found = load(self._store, h)
-            if found is None or not landed(found.manifest, manifest) or found.manifest.mutation != manifest.mutation:
-                self._forget(h)
-                return False
-            etag = found.etag
+            self._forget(h)
+            return False
         self._settle(manifest, etag)
         return True
 
@@ -395,7 +414,9 @@ class Claims:
         """Bring the turns that only a fenced hot tier has into the cloud tier; their row for the manifest, or None."""
         with self._hot.read() as transaction:
             known = log.read_head(transaction, h)
-            if known is None or known.phase != PHASE_FENCED or known.head_seq <= known.cloud_seq:
+            if known is None or known.head_seq <= known.cloud_seq:
+                return None
+            if known.phase != PHASE_FENCED and not (known.phase == PHASE_CLAIMING and has_orphans(known)):
                 return None
             first = known.cloud_seq + 1
             frames, last = log.frames_between(transaction, h, first, known.head_seq, ORPHAN_BYTES_MAX)
@@ -427,7 +448,8 @@ class Claims:
 
         def operation(transaction: Transaction) -> None:
             known = log.read_head(transaction, h)
-            if known is not None and known.phase == PHASE_OWNED and known.epoch >= manifest.epoch:
+            # Only over the intent that this claim left: whatever came in between knows more.
+            if known is None or known.phase != PHASE_CLAIMING or claimed_epoch(known) != manifest.epoch:
                 return
             log.replace_rows(
                 transaction,
@@ -453,8 +475,7 @@ class Claims:
         manifest = cold.manifest
         if manifest.owner is None or manifest.owner[0] != self._node.incarnation:
             return False
-        epoch = head.claim[0] if head.claim else head.epoch
-        if manifest.epoch != epoch or head.phase != PHASE_CLAIMING:
+        if manifest.epoch != claimed_epoch(head) or head.phase != PHASE_CLAIMING:
             return False
         if head.claim is None:
             # A creation: its row in the index by user may be missing still.
@@ -470,7 +491,10 @@ class Claims:
 
         def operation(transaction: Transaction) -> None:
             known = log.read_head(transaction, h)
-            if known is not None and known.phase == PHASE_CLAIMING:
+            if known is not None and known.phase == PHASE_CLAIMING and has_orphans(known):
+                known.phase, known.claim = PHASE_FENCED, None
+                transaction.put("heads", h, encode_head(h, known))
+            elif known is not None and known.phase == PHASE_CLAIMING:
                 log.drop_rows(transaction, h)
                 transaction.delete("heads", h)
                 transaction.delete("dirty", h)
@@ -490,16 +514,36 @@ def revalidate(hot: Environment, store: ObjectStore, node: Node, h: bytes) -> No
         ours = manifest is not None and manifest.epoch == head.epoch and manifest.epochs[-1][1] == node.incarnation
         if ours and manifest is not None and manifest.owner is not None:
             head.phase = PHASE_OWNED
-        elif ours:
-            # It was released, and the crash came before the row said so: nothing was acknowledged since.
+        elif ours and manifest is not None and manifest.head == head.head_seq and cold is not None:
+            # It was released, and the crash came before the row said so.
             head.phase = PHASE_RELEASED
+            head.cloud_seq, head.mutation, head.etag = manifest.head, manifest.mutation, cold.etag
+            head.changes_flushed = head.changes
         else:
             head.phase = PHASE_FENCED
         transaction.put("heads", h, encode_head(h, head))
-        if head.phase == PHASE_FENCED:
+        if head.phase != PHASE_OWNED:
             transaction.delete("dirty", h)
 
     hot.run_blocking(operation)
+
+
+def claimed_epoch(head: Head) -> int:
+    """The epoch that a claim on its way is for; a creation's is the row's own."""
+    return int(head.claim[0]) if head.claim else head.epoch
+
+
+def has_orphans(head: Head) -> bool:
+    """Whether a claim on its way goes over rows with acknowledged turns that no log has."""
+    return bool(head.claim and len(head.claim) > 2 and head.claim[2])
+
+
+def bounded_loss(rows: list[list[int]]) -> list[list[int]]:
+    """At most LOSS_ROWS_MAX rows; accepted ones go first, for somebody has been told."""
+    while len(rows) > LOSS_ROWS_MAX:
+        oldest = next((row for row in rows if row[3]), rows[0])
+        rows = [row for row in rows if row is not oldest]
+    return rows
 
 
 def unavailable_owner(manifest: Manifest) -> SessiondError:

@@ -1,6 +1,7 @@
 """What a bucket is called by: its identity in bucket.json, and the keys of every kind of object.
 
-It promises that a daemon with another hash key, or of an older format, never starts on a bucket. It never lists.
+It promises that a daemon with another hash key, or of an older format, never starts on a bucket, and that a bucket with
+sessions is never given a new key. It lists only where bucket.json is not found.
 """
 
 from __future__ import annotations
@@ -111,10 +112,20 @@ def open_bucket(store: ObjectStore, configured_key: bytes, now_ms: int, *, make:
 
     Raises Invalid WRONG_HASH_KEY, Corrupt NEWER_FORMAT or CORRUPT_MANIFEST, and as the store does.
     """
-    for _ in range(3):
+    for attempt in range(3):
         try:
             stored = store.get(BUCKET_KEY).body
         except ObjectNotFound:
+            kept = _any_session(store)
+            if kept and attempt == 0:
+                continue  # another daemon may have founded it between the two looks
+            if kept:
+                raise Corrupt(
+                    "CORRUPT_MANIFEST",
+                    f"{BUCKET_KEY} is missing in {store.url}, which holds sessions, {kept} for one.",
+                    {"object": BUCKET_KEY, "store": store.url},
+                    remedy=f"Restore {BUCKET_KEY} from a backup: it holds the key of every name.",
+                ) from None
             if not make:
                 raise NotFound("BUCKET_NOT_FOUND", f"There is no {BUCKET_KEY} in {store.url}.") from None
             hash_key = configured_key or os.urandom(32)
@@ -139,13 +150,27 @@ def open_bucket(store: ObjectStore, configured_key: bytes, now_ms: int, *, make:
     raise Unavailable("STORE_UNAVAILABLE", f"{BUCKET_KEY} of {store.url} could neither be read nor made.")
 
 
+def _any_session(store: ObjectStore) -> str:
+    """The key of some object of a session; empty if there is none."""
+    try:
+        return next((row.key for prefix in ("m/", "s/") for row in store.list(prefix, limit=1)), "")
+    except StoreError as error:
+        raise _start_refusal(error) from error
+
+
 def _start_refusal(error: StoreError) -> SessiondError:
     if isinstance(error, BucketMissing):
         return NotFound("BUCKET_NOT_FOUND", f"There is no such bucket: {error.detail}.", {"detail": error.detail})
     return refusal(error)
 
 
-def _parse(stored: bytes, configured_key: bytes, url: str) -> Bucket:
+def check_bytes(stored: bytes, url: str) -> None:
+    """Check the bytes of a bucket.json, without its hash key. Raises Corrupt NEWER_FORMAT or CORRUPT_MANIFEST."""
+    _fields(stored, url)
+
+
+def _fields(stored: bytes, url: str) -> tuple[bytes, bytes, str]:
+    """(store_id, hash key kept in it, check value of the hash key)."""
     where = {"object": BUCKET_KEY, "store": url}
     try:
         fields = json.loads(stored)
@@ -161,8 +186,14 @@ def _parse(stored: bytes, configured_key: bytes, url: str) -> Bucket:
         raise Corrupt(
             "NEWER_FORMAT", f"The bucket {url} has format {version}; this release reads {FORMAT_VERSION}.", where
         )
+    return store_id, kept_key, check
+
+
+def _parse(stored: bytes, configured_key: bytes, url: str) -> Bucket:
+    store_id, kept_key, check = _fields(stored, url)
     hash_key = configured_key or kept_key
     if not hash_key or _check_value(hash_key) != check:
         what = "needs a hash_key in the configuration" if not hash_key else "was made with another hash key"
+        where = {"object": BUCKET_KEY, "store": url}
         raise Invalid("WRONG_HASH_KEY", f"The bucket {url} {what}.", where, [("hash_key", what)])
     return Bucket(store_id, hash_key)

@@ -60,14 +60,12 @@ def _start_ticks(pid: int) -> int:
 def is_alive(holder: dict[str, Any]) -> bool | None:
     """Whether the process that wrote this lease lives: True, False, or None where it can't be known from here."""
     mine = process_identity()
-    same_machine = bool(mine["machine_id"] or mine["boot_id"])
     if holder.get("boot_id") == mine["boot_id"] and mine["boot_id"]:
         if holder.get("pid_namespace") != mine["pid_namespace"]:
             return None
         ticks = _start_ticks(int(holder.get("pid", 0)))
         return ticks != 0 and ticks == holder.get("start_ticks")
-    if same_machine and mine["machine_id"] and holder.get("machine_id") == mine["machine_id"]:
-        return False  # the machine was booted since
+    # Another boot, or another machine: images are cloned with their machine-id, so it proves nothing.
     return None
 
 
@@ -84,6 +82,7 @@ class Lease:
         on_lost: Callable[[], None],
         wait: Callable[[float], object] = time.sleep,
         clock_ms: Callable[[], int] = boot_clock_ms,
+        transaction_id: Callable[[], int] = lambda: 0,
     ) -> None:
         self._store = store
         self._key = lease_key(node)
@@ -91,6 +90,7 @@ class Lease:
         self._on_lost = on_lost
         self._wait = wait
         self._clock_ms = clock_ms
+        self._transaction_id = transaction_id
         self._etag = ""
         self._renewals = 0
         self._valid_until_ms = 0
@@ -107,13 +107,14 @@ class Lease:
         }
         self.lost = False
 
-    def acquire(self) -> bytes | None:
+    def acquire(self) -> dict[str, Any] | None:
         """Take the node's name. A predecessor that is provably gone, or stood still long enough, is fenced by it.
 
-        Returns the incarnation that held the name before, None if nobody did.
+        Returns what the holder before had written, None if there was none.
         Raises Unavailable NODE_NAME_IN_USE, Corrupt CORRUPT_MANIFEST or NEWER_FORMAT, and as the store does.
         """
         stood_still_since: tuple[str, int] | None = None
+        changes = 0
         while True:
             sent_ms = self._clock_ms()
             try:
@@ -130,22 +131,20 @@ class Lease:
                 alive = False if holder.get("released") else is_alive(holder)
                 mine = holder.get("pid") == os.getpid() and holder.get("start_ticks") == self._fields["start_ticks"]
                 if alive and not mine:
-                    raise Unavailable(
-                        "NODE_NAME_IN_USE",
-                        f"Process {holder.get('pid')} serves as node {self._fields['node']!r} on this bucket.",
-                        {"node": str(self._fields["node"]), "pid": str(holder.get("pid"))},
-                        [("node_name", "in use by a live process")],
-                    )
+                    raise self._in_use(holder)
                 if alive is None:
                     wait_ms = STANDSTILL_LEASES * int(holder.get("lease_ms", self._lease_ms))
                     if stood_still_since is None or stood_still_since[0] != found.etag:
                         stood_still_since = (found.etag, sent_ms)
+                        changes += 1
+                        if changes > STANDSTILL_LEASES:
+                            raise self._in_use(holder)
                     if sent_ms - stood_still_since[1] < wait_ms:
                         self._wait(min(wait_ms, self._lease_ms) / 4000)
                         continue
                 self._renewals = int(holder.get("renewals", 0))
                 self._write(sent_ms, if_match=found.etag)
-                return bytes(holder.get("incarnation", b""))
+                return dict(holder)
             except (PreconditionLost, Ambiguous):
                 self._wait(0.05)  # read again and see who it was
             except StoreError as error:
@@ -159,11 +158,29 @@ class Lease:
                 error.remedy = "Make sure that no daemon serves under this node name, then delete this object."
             raise
 
+    def _in_use(self, holder: dict[str, Any]) -> Unavailable:
+        return Unavailable(
+            "NODE_NAME_IN_USE",
+            f"Process {holder.get('pid')} serves as node {self._fields['node']!r} on this bucket.",
+            {"node": str(self._fields["node"]), "pid": str(holder.get("pid"))},
+            [("node_name", "in use by a live process")],
+        )
+
     def _write(self, sent_ms: int, *, if_absent: bool = False, if_match: str | None = None) -> None:
         self._renewals += 1
-        body = envelope.seal(envelope.KIND_LEASE, {**self._fields, "renewals": self._renewals})
+        # txn: how far the hot tier had come. A copy that was put back is behind it, and is another hot tier.
+        moving = {"renewals": self._renewals, "txn": self._transaction_id()}
+        body = envelope.seal(envelope.KIND_LEASE, {**self._fields, **moving})
         self._etag = self._store.put(self._key, body, if_absent=if_absent, if_match=if_match)
         self._valid_until_ms = sent_ms + self._lease_ms
+
+    def rename(self, incarnation: bytes) -> None:
+        """Hold the name for another incarnation of this process's hot tier. Raises as the store does."""
+        self._fields["incarnation"] = incarnation
+        try:
+            self._write(self._clock_ms(), if_match=self._etag)
+        except StoreError as error:
+            raise refusal(error) from error
 
     def start(self) -> None:
         """Renew in the background, three times a lease."""
@@ -190,6 +207,7 @@ class Lease:
             except Exception:
                 return False
             same = all(holder.get(key) == self._fields[key] for key in ("incarnation", "pid", "start_ticks", "boot_id"))
+            same = same and holder.get("renewals") == self._renewals
             if same:  # an earlier renewal with an unknown outcome had landed
                 self._etag = found.etag
                 self._valid_until_ms = sent_ms + self._lease_ms

@@ -154,7 +154,7 @@ class Environment:
             version = transaction.get("meta", META_FORMAT)
             if version is None:
                 transaction.put("meta", META_FORMAT, FORMAT_VERSION.to_bytes(4, "big"))
-                transaction.put("meta", META_INCARNATION, wrap(b"", "meta", os.urandom(16)))
+                _put_incarnation(transaction, os.urandom(16))
             return _incarnation(transaction, self.path)
 
     def bind_store(self, store_id: bytes) -> None:
@@ -186,6 +186,18 @@ class Environment:
             yield Transaction(raw, self._tables)
         finally:
             raw.abort()
+
+    @property
+    def transaction_id(self) -> int:
+        """The number of the newest commit; it only falls when an older copy of the environment was put in its place."""
+        return int(self._env.info()["last_txnid"])
+
+    def mint_incarnation(self) -> bytes:
+        """Become another hot tier than the one that this copy was taken from."""
+        fresh = os.urandom(16)
+        self.run_blocking(lambda transaction: _put_incarnation(transaction, fresh))
+        self.incarnation = fresh
+        return fresh
 
     async def run(self, operation: Callable[[Transaction], Result], weight_bytes: int = 0) -> Result:
         """Do one write in the next group; returns what it returned, after the fsync. Raises what it raised."""
@@ -250,13 +262,19 @@ class Environment:
                         # Operations check before they write: a refusal has written nothing.
                         work.error = refused
         except Exception as error:
+            failure = self._write_error(error)
+            if isinstance(failure, SessiondError) and failure.reason == "HOT_TIER_FAILED":
+                # Nothing is retried over a failed fsync.
+                for work in group:
+                    work.result, work.error = None, failure
+                return
             if len(group) > 1:
                 for work in group:
                     work.result = work.error = None
                     self._commit([work])
                 return
             group[0].result = None
-            group[0].error = self._write_error(error)
+            group[0].error = failure
             return
         self.commits += 1
         self.appends += len(group)
@@ -345,6 +363,10 @@ def _incarnation(transaction: Transaction, path: Path) -> bytes:
     if version != FORMAT_VERSION or len(incarnation) != 16:
         raise Corrupt("CORRUPT_HOT_ROW", f"The hot tier in {path} has no identity.", {"path": str(path)})
     return incarnation
+
+
+def _put_incarnation(transaction: Transaction, incarnation: bytes) -> None:
+    transaction.put("meta", META_INCARNATION, wrap(b"", "meta", incarnation))
 
 
 def _settle(group: list[_Work]) -> None:

@@ -93,7 +93,7 @@ class PreparedTurn:
 
 @dataclass(slots=True)
 class Placed:
-    """Where a turn stands in the log."""
+    """Where a turn stands in the log. chain: the chain there."""
 
     turn_id: str
     epoch: int
@@ -101,6 +101,7 @@ class Placed:
     time_ms: int
     tokens: tuple[int, int, int]
     duplicate: bool
+    chain: bytes
 
 
 @dataclass(slots=True)
@@ -170,14 +171,15 @@ def frames_between(
         raise HistoryNeeded(first_seq, last_seq)
     pieces: list[bytes] = []
     size, due = 0, first_seq
-    for key, value in transaction.scan("turns", h, seq_key(h, row[0])):
+    for _, value in transaction.scan("turns", h, seq_key(h, row[0])):
         headers = core.scan_frames(h, value)
         wanted = [header for header in headers if header.seq >= first_seq and header.seq <= last_seq]
         if not pieces and (not wanted or wanted[0].seq != first_seq):
             raise HistoryNeeded(first_seq, last_seq)
         for header in wanted:
             if header.seq != due:
-                raise Corrupt("CORRUPT_HOT_ROW", f"Turn {due} of session {h.hex()} is missing from row {key.hex()}.")
+                # Turns that were kept alone stand before a gap; whoever asked fetches it, or finds that it can't.
+                raise HistoryNeeded(due, header.seq - 1)
             if pieces and size + header.end - header.offset > bytes_max:
                 return b"".join(pieces), due - 1
             pieces.append(bytes(value[header.offset : header.end]))
@@ -331,7 +333,7 @@ def _duplicate(transaction: Transaction, h: bytes, turn: PreparedTurn, seq: int,
             {"turn_id": turn.turn_id, "seq": str(seq)},
             [(turn.id_field, f"used for turn {seq} with other content")],
         )
-    return Placed(turn.turn_id, header.epoch, seq, header.time_ms, header.tokens, True)
+    return Placed(turn.turn_id, header.epoch, seq, header.time_ms, header.tokens, True, header.chain)
 
 
 class _Sealed:
@@ -413,7 +415,7 @@ class _Sealed:
         if turn.kind == KIND_STATE:
             self._check_state(turn)
         self.frames.append(frame)
-        self.placed.append(Placed(turn.turn_id, self.head.epoch, seq, self.time_ms, turn.tokens, False))
+        self.placed.append(Placed(turn.turn_id, self.head.epoch, seq, self.time_ms, turn.tokens, False, chain))
         if flags & FLAG_BOUNDARY:
             self.boundaries.append((self.head.epoch << 32 | seq, self.state))
         if turn.policy is not None:
@@ -494,6 +496,11 @@ def append_rows(transaction: Transaction, h: bytes, head: Head, first_seq: int, 
     if head.tail_row:
         row_seq = head.tail_row
         row = bytes(transaction.get("turns", seq_key(h, row_seq)) or b"")
+        # Nothing is acknowledged behind a damaged turn: it could never be flushed.
+        if not row or core.scan_frames(h, row)[-1].seq != first_seq - 1:
+            raise Corrupt(
+                "CORRUPT_HOT_ROW", f"The newest row of session {h.hex()} does not end at turn {first_seq - 1}."
+            )
     elif head.hot_first > first_seq or head.hot_first == 0:
         head.hot_first = first_seq
     changed = False
@@ -623,7 +630,10 @@ def doubt_owned(transaction: Transaction, start: bytes, limit: int) -> bytes | N
         if len(batch) == limit:
             following = key
             break
-        head = decode_head(key, value)
+        try:
+            head = decode_head(key, value)
+        except Corrupt:
+            continue  # one damaged row must not keep the node down; its session says so when it is asked for
         if head.phase in (PHASE_OWNED, PHASE_RELEASING):
             batch.append((key, head))
     for key, head in batch:
