@@ -5,6 +5,7 @@ It only reads, so it is safe beside a live daemon: what looks wrong is read agai
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from sessiond.tiers.cloud.open import open_store
 from sessiond.tiers.cloud.store import ObjectStore, StoreError
 from sessiond.tiers.hot import log
 from sessiond.tiers.hot.environment import Reader
-from sessiond.tiers.hot.rows import PHASE_OWNED, PHASE_RELEASING, Head, decode_committed, decode_head
+from sessiond.tiers.hot.rows import PHASE_OWNED, PHASE_RELEASED, PHASE_RELEASING, Head, decode_committed, decode_head
 from sessiond.tiers.hydrate import Segments, load
 
 READ_AGAIN_MAX = 3
@@ -57,12 +58,12 @@ def verify(
         if session is not None:
             wanted = [rules.session_hash(bucket.hash_key, tenant, session)]
         else:
-            wanted = sorted(checker.hot_hashes() | set(checker.cloud_hashes()))
+            wanted = sorted(checker.hot_hashes() | checker.cloud_hashes())
         found: list[Violation] = []
         for index, h in enumerate(wanted):
             progress(index, len(wanted))
             name, violations = checker.check(h)
-            if session is not None and name is None:
+            if session is not None and name is None and not violations:
                 raise NotFound("SESSION_NOT_FOUND", f"There is no session {session!r}.", {"session_id": session})
             found += [Violation(invariant, name or h.hex(), explanation) for invariant, explanation in violations]
         progress(len(wanted), len(wanted))
@@ -87,20 +88,24 @@ class _Checker:
         with self._hot.read() as transaction:
             return {bytes(key) for key, _ in transaction.scan("heads", b"")}
 
-    def cloud_hashes(self) -> Iterator[bytes]:
-        """Every session with a manifest."""
+    def cloud_hashes(self) -> set[bytes]:
+        """Every session with a manifest or with segments."""
+        found: set[bytes] = set()
+        for prefix in ("m/", "s/"):
+            for key in self._keys(prefix):
+                with contextlib.suppress(ValueError):
+                    found.add(bytes.fromhex(key.split("/")[1]))
+        return found
+
+    def _keys(self, prefix: str, limit: int = 1000) -> Iterator[str]:
         start_after = ""
         while True:
             try:
-                keys = [row.key for row in self._store.list("m/", start_after, 1000)]
+                keys = [row.key for row in self._store.list(prefix, start_after, limit)]
             except StoreError as error:
                 raise refusal(error) from error
-            for key in keys:
-                try:
-                    yield bytes.fromhex(key.removeprefix("m/"))
-                except ValueError:
-                    continue
-            if len(keys) < 1000:
+            yield from keys
+            if len(keys) < limit:
                 return
             start_after = keys[-1]
 
@@ -126,8 +131,16 @@ class _Checker:
             cloud = cold.manifest if cold else None
         except Corrupt as error:
             unreadable.append(error.message)
+        if hot is None:
+            # Released, fenced or half claimed: the cloud tier has the truth.
+            left, head = head, None
+        else:
+            left = None
         if cloud is None and head is None:
-            return None, [("I11", text) for text in unreadable]
+            if unreadable:
+                return None, [("I11", text) for text in unreadable]
+            broken = [("I2", text) for text in self._without_manifest(h, left)]
+            return left.session if left and broken else None, broken
         if cloud is not None and cloud.lifecycle == LIFECYCLE_DELETED:
             return cloud.session, []
         pieces: list[bytes] = []
@@ -163,6 +176,16 @@ class _Checker:
         )
         return view.session, list(invariants.check(view))
 
+    def _without_manifest(self, h: bytes, left: Head | None) -> Iterator[str]:
+        """What should not be where there is no manifest. left: the head row of a session that the node does not own.
+
+        A row in the index by user may stand alone: a creation that was never acknowledged.
+        """
+        if left is not None and left.phase == PHASE_RELEASED and left.head_seq > 0:
+            yield f"the node released it at turn {left.head_seq} and the cloud tier has no manifest of it"
+        if next(self._keys(f"s/{h.hex()}/", 1), None) is not None:
+            yield "the cloud tier has segments without a manifest"
+
     def _turns(self, h: bytes, frames: bytes, unreadable: list[str]) -> list[invariants.Turn]:
         try:
             return invariants.view_turns(h, frames)
@@ -183,8 +206,7 @@ class _Checker:
                 unreadable.append(error.message)
                 return None, None, b"", None
             if head.phase not in (PHASE_OWNED, PHASE_RELEASING):
-                # Released, fenced or half claimed: the cloud tier has the truth.
-                return None, None, b"", None
+                return head, None, b"", None
             view = HotView(head.epoch, True, True, head.head_seq, head.cloud_seq, head.hot_first, head.state)
             base: Manifest | None = None
             pieces: list[bytes] = []

@@ -311,6 +311,24 @@ def test_a_bucket_whose_fields_do_not_match_their_checksum_is_refused(copy: Path
     refused("CORRUPT_MANIFEST", "checksum", data_dir=copy)
 
 
+@pytest.mark.parametrize("left", ["m", "s"])
+def test_a_bucket_that_lost_its_identity_is_refused_and_given_no_new_key(copy: Path, left: str) -> None:
+    cloud = copy / "cloud"
+    (cloud / "bucket.json").unlink()
+    shutil.rmtree(cloud / {"m": "s", "s": "m"}[left])
+    shutil.rmtree(copy / "hot")
+    before = stores.contents(copy)
+    with pytest.raises(StartFailed) as failure, running_daemon(copy):
+        pass
+    assert (failure.value.reason, failure.value.exit_code) == ("CORRUPT_MANIFEST", exits.CORRUPT), failure.value.log
+    assert "Restore bucket.json from a backup" in failure.value.log
+    assert f"{left}/" in failure.value.log
+    assert not (cloud / "bucket.json").exists()
+    assert {name for name in stores.contents(copy) if name.startswith("cloud/")} == {
+        name for name in before if name.startswith("cloud/")
+    }
+
+
 def test_a_hot_tier_of_a_newer_format_is_refused_and_left_alone(copy: Path) -> None:
     with stores.rows(copy) as (transaction, tables):
         transaction.put(META_FORMAT, (2).to_bytes(4, "big"), db=tables["meta"])

@@ -36,6 +36,7 @@ FLAG_NAMES: Final = {
     64: "instructions",
     128: "applies",
 }
+BUCKET_SHOWN: Final = frozenset({"format", "store_id", "hash_key_check", "created_unix_ms", "checksum"})
 # An object is at most a segment with its envelope; anything larger is another file.
 FILE_BYTES_MAX: Final = 256 * 1024**2
 
@@ -145,13 +146,22 @@ def decode_object(stored: bytes, name: str, bodies: bool) -> dict[str, Any]:
 
 
 def _bucket_json(stored: bytes, name: str) -> dict[str, Any]:
+    from sessiond.tiers.cloud.bucket import BUCKET_KEY, check_bytes
+
+    shown: dict[str, Any] = {}
     try:
         fields = json.loads(stored)
+        # By name, for a flipped bit may be in the name of the key.
+        kept = {key: "(kept here, not shown)" for key, value in fields.items() if key not in BUCKET_SHOWN and value}
+        shown["bucket"] = {**fields, **kept}
     except ValueError as error:
-        raise Invalid("INVALID_INPUT_FILE", f"{name} is no object of sessiond: {error}.") from error
-    if isinstance(fields, dict) and fields.get("hash_key"):
-        fields["hash_key"] = "(kept here, not shown)"
-    return {"bucket": fields}
+        if Path(name).name != BUCKET_KEY:
+            raise Invalid("INVALID_INPUT_FILE", f"{name} is no object of sessiond: {error}.") from error
+    try:
+        check_bytes(stored, name)
+    except Corrupt as error:
+        shown["damage"] = exits.line_of(error)
+    return shown
 
 
 def _readable_meta(meta: dict[str, Any], bodies: bool) -> dict[str, Any]:

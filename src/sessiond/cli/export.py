@@ -5,6 +5,7 @@ It never presents a session with a gap as whole, and leaves out only what a rewi
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,7 +17,7 @@ import click
 
 from sessiond.cli import connect, exits, output
 from sessiond.cli.lines import line_of
-from sessiond.errors import Exhausted, SessiondError, Unavailable
+from sessiond.errors import Corrupt, Exhausted, SessiondError, Unavailable
 from sessiond.v1 import context_pb2, session_pb2
 
 if TYPE_CHECKING:
@@ -70,7 +71,8 @@ def command(
         if sessions:
             for name in sessions:
                 # Before anything is written: a misspelled id is not half an export.
-                client.get_session(name)
+                with contextlib.suppress(Corrupt):  # left out and named below
+                    client.get_session(name)
             wanted = list(sessions)
         else:
             wanted, unreadable, incomplete = _listed(client, user)

@@ -631,7 +631,8 @@ def next_command(screen: Screen, out: Path, session_id: str) -> None:
     if beside.exists():
         on_path = shutil.which("sessiond")
         same = on_path is not None and os.path.samefile(on_path, beside)
-        here = ["sessiond"] if same else [_short(beside)]
+        # make puts .venv/bin on the PATH of what it runs, and not on that of whoever reads this.
+        here = ["sessiond"] if same and "MAKELEVEL" not in os.environ else [_short(beside)]
     command = shlex.join(here)
     data = shlex.quote(_short(out / DATA))
     screen.line()
