@@ -845,23 +845,23 @@ class Sessions:
     async def _reach(self, call: Call, h: bytes, done: log.Appended) -> None:
         """Wait until the turns are committed in the cloud tier. Raises Unavailable CLOUD_NOT_COMMITTED; they stay."""
         last_seq = max(turn.seq for turn in done.turns)
-        detail = "the cloud tier did not confirm in time"
+        detail, remedy, retry_after_ms = "the cloud tier did not confirm in time.", "", None
         for _ in range(ATTEMPTS_MAX):
             head = self._peek(h)
             same = head is not None and head.epoch == done.head.epoch
             if head is not None and same and head.cloud_seq >= last_seq and head.changes_flushed >= done.head.changes:
                 return
             if head is None or head.epoch != done.head.epoch or head.phase not in (PHASE_OWNED, PHASE_RELEASING):
-                detail = "the session changed hands"
+                detail = "the session changed hands."
                 break
             try:
                 await wait_until(asyncio.wrap_future(self._parts.flusher.request(h)), self._remaining_ms(call))
             except TimeoutError:
                 break
-            except Corrupt:
-                raise  # sending the turn again could not complete it
             except SessiondError as error:
                 detail = error.message
+                if isinstance(error, Corrupt):
+                    remedy, retry_after_ms = error.remedy, 0  # sending the turn again could not complete it
                 break
         positions = ",".join(f"{turn.epoch}:{turn.seq}" for turn in done.turns[:16])
         raise Unavailable(
@@ -873,6 +873,8 @@ class Sessions:
                 "positions": positions,
                 "durability": "DURABILITY_EDGE",
             },
+            remedy=remedy,
+            retry_after_ms=retry_after_ms,
         )
 
     def _remaining_ms(self, call: Call) -> int | None:
