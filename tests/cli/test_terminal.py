@@ -61,7 +61,7 @@ def test_tables_keep_ids_and_numbers_whole_and_give_way_at_the_end(daemon: Daemo
 def test_an_import_shows_a_bar_and_its_refusals_stay_readable(daemon: Daemon, tmp_path: Path) -> None:
     lines = [{"id": f"bar-{n}", "messages": [{"role": "user", "content": "x"}]} for n in range(50)]
     file = write(tmp_path / "in.jsonl", [*lines, {"id": "bar-bad", "messages": [{"role": "robot"}]}])
-    code, sent = on_terminal("import", file, columns=200, SESSIOND_SERVER=daemon.address)
+    code, sent = on_terminal("import", file, columns=80, SESSIOND_SERVER=daemon.address)
     assert code == 9
     assert "51 conversations: 50 imported, 0 continued, 0 unchanged, 1 failed; 50 turns added" in plain(sent)
     assert f"sessiond: INVALID_TURN: {file}:51: messages[0].role" in plain(sent)

@@ -106,8 +106,10 @@ def test_an_unknown_option_of_the_command_is_refused(capfd: pytest.CaptureFixtur
         ("hash_key", "00" * 65, "65 bytes"),
         ("log_level", "loud", "debug, info, warning, error"),
         ("log_level", 5, "str"),
-        ("node_name", "a/b", "other characters"),
-        ("node_name", "n" * 129, "other characters"),
+        ("node_name", "a/b", "of ASCII"),
+        ("node_name", "n" * 129, "of ASCII"),
+        ("node_name", "knöten", "of ASCII"),
+        ("node_name", "..", "of ASCII"),
         ("s3_path_style", "perhaps", "bool"),
     ],
 )

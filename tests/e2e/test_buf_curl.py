@@ -112,8 +112,10 @@ def test_it_appends_and_resumes_what_it_appended(buf: BufCurl, session: str) -> 
     answer = buf.call("AppendTurn", request)
     assert answer["outcome"] == "APPEND_OUTCOME_APPENDED"
     assert [turn["turnId"] for turn in answer["turns"]] == ["t1", "t2", "t3", "t4", "t5"]
-    assert [turn["position"] for turn in answer["turns"]] == [{"epoch": 1, "seq": str(seq)} for seq in range(1, 6)]
-    assert answer["head"] == {"epoch": 1, "seq": "5"}
+    positions = [turn["position"] for turn in answer["turns"]]
+    assert [(place["epoch"], place["seq"]) for place in positions] == [(1, str(seq)) for seq in range(1, 6)]
+    assert len({place["chain"] for place in positions}) == 5
+    assert answer["head"] == positions[-1]
     assert answer["cloudSeq"] == "5"
     assert answer["durability"] == "DURABILITY_CLOUD"
     assert answer["checkpointVersion"] == str(1 << 32 | 5)
@@ -141,7 +143,7 @@ def test_it_appends_and_resumes_what_it_appended(buf: BufCurl, session: str) -> 
     assert context["newMessage"] == new
     assert context["receipt"]["rung"] == "RUNG_HOT"
     assert context["receipt"]["ownership"] == "OWNERSHIP_CONFIRMED"
-    assert context["receipt"]["head"] == {"epoch": 1, "seq": "5"}
+    assert context["receipt"]["head"] == positions[-1]
     assert context["tokens"]["total"] == sum(
         context["tokens"][part] for part in ("instructions", "tail", "newMessage", "framing")
     )

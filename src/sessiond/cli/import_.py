@@ -522,7 +522,7 @@ def _rich_progress(tally: Tally, sources: Sequence[Source], over: threading.Even
     # Standard input has no size; a bar that can't say how far it is moves to and fro.
     total = sum(source.size_bytes for source in sources) if all(source.size_bytes for source in sources) else None
     columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
+    with Progress(*columns, console=Console(stderr=True, soft_wrap=True), transient=True) as shown:
         task = shown.add_task("", total=total)
         while not over.wait(REDRAW_EVERY_S):
             read = sum(source.position_bytes() for source in sources)
