@@ -22,7 +22,7 @@ import pytest
 from sessiond import core
 from sessiond.core import envelope, rules
 from sessiond.core import state as states
-from sessiond.core.manifest import KEPT_BYTES_MAX, Manifest
+from sessiond.core.manifest import KEPT_BYTES_MAX, Manifest, decode_meta
 from sessiond.daemon import doubt_all
 from sessiond.errors import Corrupt, SessiondError, Unavailable
 from sessiond.service.sessions import Call, Parts, Sessions
@@ -84,7 +84,7 @@ class FaultyStore(ObjectStore):
             etag = self.folder.put(key, body, if_absent=if_absent, if_match=if_match)
             if is_manifest(key):
                 meta, payload = envelope.unseal(body, envelope.KIND_MANIFEST, key)
-                self.committed.append(core_manifest(meta, payload, key))
+                self.committed.append(decode_meta(meta, payload, key))
             return etag
 
         return land() if self.on_put is None else self.on_put(key, land)
@@ -101,19 +101,9 @@ class FaultyStore(ObjectStore):
     def heal(self) -> None:
         self.on_put = self.on_get = None
 
-    def cut_off(self) -> None:
-        """Nothing arrives, nothing answers."""
-        self.on_put, self.on_get = unsent, unreadable
-
 
 def is_manifest(key: str) -> bool:
     return key.startswith("m/")
-
-
-def core_manifest(meta: dict[str, Any], payload: bytes, key: str) -> Manifest:
-    from sessiond.core.manifest import decode_meta
-
-    return decode_meta(meta, payload, key)
 
 
 def unsent(key: str, land: Land) -> str:
@@ -162,10 +152,8 @@ class Clock:
         return self.now_ms
 
 
-class TestNode:
+class LiveNode:
     """One node: a hot tier of its own, in a folder of its own, over the world's store."""
-
-    __test__ = False
 
     def __init__(self, world: World, hot_name: str, name: str, flush_interval_ms: int) -> None:
         self.world = world
@@ -267,19 +255,19 @@ class World:
         self.store = FaultyStore(FolderStore(path / "cloud"))
         self.bucket = open_bucket(self.store, b"", 1)
         self.h = rules.session_hash(self.bucket.hash_key, "default", S)
-        self.nodes: list[TestNode] = []
+        self.nodes: list[LiveNode] = []
         self.acked: set[Proof] = set()
         self.acked_cloud: set[Proof] = set()
 
     def run(self, work: Coroutine[Any, Any, Result]) -> Result:
         return self.runner.run(asyncio.wait_for(work, PATIENCE_S))
 
-    def node(self, hot_name: str = "hot", name: str = "n1", flush_interval_ms: int = 1000) -> TestNode:
-        node = TestNode(self, hot_name, name, flush_interval_ms)
+    def node(self, hot_name: str = "hot", name: str = "n1", flush_interval_ms: int = 1000) -> LiveNode:
+        node = LiveNode(self, hot_name, name, flush_interval_ms)
         self.nodes.append(node)
         return node
 
-    def restart(self, node: TestNode) -> TestNode:
+    def restart(self, node: LiveNode) -> LiveNode:
         """The same hot tier in a new process, whose lease was somebody else's in between."""
         node.close()
         self.nodes.remove(node)
@@ -385,7 +373,7 @@ def refused(reason: str) -> Iterator[None]:
     assert refusal.value.reason == reason
 
 
-def talk(world: World, hot_name: str = "hot", name: str = "n1") -> TestNode:
+def talk(world: World, hot_name: str = "hot", name: str = "n1") -> LiveNode:
     """A node with the session and its first two turns."""
     node = world.node(hot_name, name)
     node.create()
@@ -393,7 +381,7 @@ def talk(world: World, hot_name: str = "hot", name: str = "n1") -> TestNode:
     return node
 
 
-def fenced(world: World) -> TestNode:
+def fenced(world: World) -> LiveNode:
     """A node that acknowledged turns 3 and 4, was taken over before it flushed them, and knows it; nobody owns it."""
     node = talk(world, "first")
     node.flush()
@@ -531,7 +519,7 @@ def test_a_flush_that_landed_before_a_crash_is_caught_up_where_the_head_is_not_h
     node.release()
     node.resume()
     assert node.head.hot_first > node.head.head_seq
-    node.resume(accept_missing=True)
+    node.resume(accept_missing=1)
     assert node.head.is_dirty
     world.store.on_put = killed_once_landed
     with pytest.raises(Killed):
@@ -547,7 +535,7 @@ def test_a_flush_that_landed_before_a_crash_is_caught_up_where_the_head_is_not_h
 def test_nothing_is_committed_again_over_a_failed_disk(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     node = talk(world)
     disk = FailingDisk(node.hot._env)
-    gate = threading.Event()
+    begun, gate = threading.Event(), threading.Event()
     ran: list[int] = []
 
     def write(number: int) -> Callable[[Transaction], None]:
@@ -557,12 +545,16 @@ def test_nothing_is_committed_again_over_a_failed_disk(world: World, monkeypatch
 
         return operation
 
+    def hold(_: Transaction) -> bool:
+        begun.set()
+        return gate.wait(PATIENCE_S)
+
     async def scenario() -> list[Any]:
         # While the first commit is held, the others queue up, to be committed as one group.
-        held = asyncio.ensure_future(node.hot.run(lambda _: gate.wait(PATIENCE_S)))
+        held = asyncio.ensure_future(node.hot.run(hold))
+        assert await asyncio.to_thread(begun.wait, PATIENCE_S)
         others = [asyncio.ensure_future(node.hot.run(write(number))) for number in range(3)]
-        while node.hot._queue.qsize() < len(others):
-            await asyncio.sleep(0)
+        await asyncio.sleep(0)  # each has put itself into the queue
         monkeypatch.setattr(node.hot, "_env", disk)
         gate.set()
         assert await held
@@ -667,7 +659,7 @@ def test_instructions_too_large_to_be_kept_hold_no_later_commit_up(world: World)
     assert node.flush().cloud_seq == 14
     assert node.append(user("n2"), durability=CLOUD).durability == CLOUD
     assert node.release().released
-    assert node.resume().turns[0].role == turn_pb2.ROLE_SYSTEM
+    assert node.resume().instructions.turn_id == "s0"
 
 
 def test_a_rewind_reaches_below_the_rows_of_a_session_that_was_taken_again(world: World) -> None:
@@ -721,7 +713,7 @@ def test_rows_of_a_fenced_session_survive_a_creation_over_a_claim_cut_short(worl
     assert world.acked <= node.proofs()
 
 
-def stop_claim(world: World, node: TestNode) -> None:
+def stop_claim(world: World, node: LiveNode) -> None:
     """Have a claim go as far as its intent and its orphan, and no further."""
 
     def on_put(key: str, land: Land) -> str:
