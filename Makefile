@@ -114,7 +114,7 @@ bench: build ## Runs the benchmarks, each with its ratio (SMOKE=1: briefly, only
 	@$(call say,The benchmarks$(if $(SMOKE), - briefly: the figures mean nothing))
 	@mkdir -p build/bench
 	@$(PY) -m pytest bench -s -o faulthandler_timeout=0 $(BENCH_FLAGS) $(ARGS) \
-	|| $(call fail,a benchmark failed.,one alone: make bench ARGS="-k NAME")
+	|| $(call fail,a benchmark failed.,one alone: make bench ARGS=-kNAME)
 
 .PHONY: coverage
 coverage: build ## Measures which lines the tests reach, daemons that they start included

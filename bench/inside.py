@@ -72,6 +72,7 @@ def running(folder: Path, flushes: bool = True) -> Iterator[tuple[Sessions, Part
             segments=Segments(store),
             tokenizer=tokenizer,
             executor=executor,
+            counting=executor,
             clock_ms=daemon.now_ms,
             turn_bytes_max=TURN_BYTES_MAX,
             default_budget_tokens=0,

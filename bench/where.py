@@ -128,11 +128,11 @@ def resume(sessions: Sessions, parts: Parts) -> None:
         value = bytes(transaction.get("heads", h))
         state = states.decode(head.state)
         spec = Spec(request.context, head.policy, parts.tokenizer, 0, "context")
-        standing = sessions._standing(request, head, state)
+        standing = sessions._standing(request, head, state, None)
         source = contexts.HotSource(transaction, h, head)
         exact = spec.budget - 3
         tail = exact - spec.budget // 16
-        fit = contexts._choose(source, h, state, spec, tail, exact)
+        fit = contexts._choose(source, h, state, spec, tail, exact, 0)
         rows: list[Any] = []
         target, gathered = state.last_live_seq, 0
         while target and gathered <= exact:
@@ -166,12 +166,12 @@ def resume(sessions: Sessions, parts: Parts) -> None:
                 "  check the spec",
                 cost_us(lambda: Spec(request.context, head.policy, parts.tokenizer, 0, "context")),
             ),
-            ("  standing", cost_us(lambda: sessions._standing(request, head, state))),
+            ("  standing", cost_us(lambda: sessions._standing(request, head, state, None))),
             ("  build the context", cost_us(lambda: contexts.build(source, h, state, spec, standing))),
             ("    etag", cost_us(lambda: contexts._etag(state, spec, standing))),
             (
                 "    choose the window: rows and fit",
-                cost_us(lambda: contexts._choose(source, h, state, spec, tail, exact)),
+                cost_us(lambda: contexts._choose(source, h, state, spec, tail, exact, 0)),
             ),
             (f"      find {len(rows)} rows", cost_us(finding)),
             (f"      fit and copy {len(fit[4]):,} bytes (compiled)", cost_us(fitting)),
