@@ -215,7 +215,7 @@ def append(sessions: Sessions, parts: Parts) -> None:
         turn = prepare()[0]
         id_hash = rules.turn_id_hash(h, turn.turn_id)
         raw_head = bytes(transaction.get("heads", h))
-        placed = log.Placed(turn.turn_id, 1, head.head_seq, 1, turn.tokens, False)
+        placed = log.Placed(turn.turn_id, 1, head.head_seq, 1, turn.tokens, False, turn.digest)
         done = log.Appended([placed], head, head.state)
 
     def in_the_log() -> tuple[float, float]:
