@@ -95,7 +95,7 @@ from frame cimport (
     store_u64,
 )
 
-from sessiond.core.layout import Header, corrupt_frame
+from sessiond.core.layout import Header, corrupt_frame, newer_rule
 from sessiond.core.state import RESTORED_PLACES, decode_places, encode_places
 from sessiond.errors import Corrupt
 
@@ -799,6 +799,8 @@ cdef int fold_frames(uint32_t state, list places, const uint8_t* base, Py_ssize_
         kind, role, flags = at[KIND_OFFSET], at[ROLE_OFFSET], load_u32(at + FLAGS_OFFSET)
         if seq == 0 or seq - 1 != fold.cursor:
             raise corrupt_frame(offset, f"its seq is {seq} where {<object>fold.cursor + 1} is due")
+        if flags >> 24 != 0:  # rule 1 is 0 there
+            raise newer_rule(offset, flags)
         is_live = kind == KIND_MESSAGE and role != ROLE_SYSTEM and role != ROLE_DEVELOPER
         if load_u64(at + PREV_LIVE_OFFSET) != fold.last_live:
             raise corrupt_frame(offset, "it links to another message than the newest in force")

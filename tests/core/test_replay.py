@@ -268,3 +268,19 @@ def test_places_that_a_later_release_appended_are_kept() -> None:
 def test_bytes_that_are_no_state_are_corrupt(state: bytes) -> None:
     with pytest.raises(Corrupt):
         core.replay(HASH, state, b"")
+
+
+def test_a_turn_of_a_later_replay_rule_is_refused_as_newer_and_not_folded_by_ours() -> None:
+    frames, headers, folded = random_log(3, 5)
+    header, frame = headers[4], frames[4]
+    later = core.seal_frame(
+        HASH,
+        *(header.seq, header.epoch, header.time_ms, header.kind, header.role, header.status),
+        header.flags | 1 << 24,
+        *(header.prev_live_seq, header.cumulative, header.tokens, header.sources, header.digest, header.chain),
+        frame[HEADER_BYTES:],
+    )
+    assert core.replay(HASH, folded[4], frame) == folded[5]
+    with pytest.raises(Corrupt) as refused:
+        core.replay(HASH, folded[4], later)
+    assert refused.value.reason == "NEWER_FORMAT"

@@ -188,6 +188,15 @@ class Header(NamedTuple):
     chain: bytes
 
 
+def newer_rule(offset: int, flags: int) -> Corrupt:
+    """The error both twins raise for a turn of a replay rule that this release does not know."""
+    return Corrupt(
+        "NEWER_FORMAT",
+        f"The turn frame at byte {offset} was appended under replay rule {(flags >> 24) + 1};"
+        f" this release knows {RULE_VERSION}.",
+    )
+
+
 def corrupt_frame(offset: int, what: str) -> Corrupt:
     """The error both twins raise for bytes that break a rule above; `offset` is the frame's in its buffer."""
     return Corrupt("CORRUPT_FRAME", f"The turn frame at byte {offset} is damaged: {what}.")

@@ -50,9 +50,11 @@ from sessiond.core.layout import (
     ROLE_DEVELOPER,
     ROLE_SYSTEM,
     ROLE_USER,
+    RULE_VERSION,
     SUPERSEDED_RANGES_MAX,
     Header,
     corrupt_frame,
+    newer_rule,
 )
 from sessiond.core.state import RESTORED_PLACES, decode_places, encode_places
 from sessiond.errors import Corrupt
@@ -524,6 +526,8 @@ def replay(session_hash: bytes, state: Buffer, frames: Buffer) -> bytes:
         seq, kind, role, flags = header.seq, header.kind, header.role, header.flags
         if seq != places[1] + 1:
             raise corrupt_frame(offset, f"its seq is {seq} where {places[1] + 1} is due")
+        if flags >> 24 != RULE_VERSION - 1:
+            raise newer_rule(offset, flags)
         is_live = kind == KIND_MESSAGE and role not in (ROLE_SYSTEM, ROLE_DEVELOPER)
         if header.prev_live_seq != places[5]:
             raise corrupt_frame(offset, "it links to another message than the newest in force")

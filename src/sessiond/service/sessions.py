@@ -91,7 +91,6 @@ REPLY_MARGIN_MS: Final = 20
 
 REASON_LOST: Final = context_pb2.MISSING_REASON_HOT_TIER_LOST
 REASON_UNREACHABLE: Final = context_pb2.MISSING_REASON_OWNER_UNREACHABLE
-REASON_UNREADABLE: Final = context_pb2.MISSING_REASON_SEGMENT_UNREADABLE
 
 Result = TypeVar("Result")
 
@@ -324,7 +323,7 @@ class Sessions:
             creating.add_done_callback(self._creating.discard)
             created = await asyncio.shield(creating)
         try:
-            session = await self._describe(call, h, session_id, request.user_id)
+            session = await self._describe(h, session_id, request.user_id)
         except NotFound as error:
             if error.reason == "SESSION_DELETED":
                 raise
@@ -340,11 +339,10 @@ class Sessions:
         """A session without its turns."""
         h = self._hash(call, request.session_id)
         check_user_id(request.user_id)
-        session = await self._describe(call, h, request.session_id, request.user_id)
+        session = await self._describe(h, request.session_id, request.user_id)
         return session_pb2.GetSessionResponse(session=session)
 
-    async def _describe(self, call: Call, h: bytes, session_id: str, user_id: str) -> session_pb2.Session:
-        del call
+    async def _describe(self, h: bytes, session_id: str, user_id: str) -> session_pb2.Session:
         await self._settle_doubt(h)
         with self._hot.read() as transaction:
             head = log.read_head(transaction, h)
@@ -775,7 +773,7 @@ class Sessions:
                 raise invalid("INVALID_CONTEXT", "context.new_message", "an append's new message is among its turns")
         response = session_pb2.AppendTurnResponse()
         try:
-            done = await self._append(call, h, request.session_id, request.user_id, turns, expected, None)
+            done = await self._append(h, request.session_id, request.user_id, turns, expected, None)
         except Conflict as error:
             if error.reason != "EXPECTED_MISMATCH" or request.conflict_mode != session_pb2.CONFLICT_MODE_RETURN_TAIL:
                 raise
@@ -801,7 +799,6 @@ class Sessions:
 
     async def _append(
         self,
-        call: Call,
         h: bytes,
         session_id: str,
         user_id: str,
@@ -809,7 +806,6 @@ class Sessions:
         expected: tuple[int, int] | None,
         state_etag: tuple[int, int] | None,
     ) -> log.Appended:
-        del call
         if self.draining:
             raise draining()
         weight_bytes = sum(len(turn.body) for turn in turns)
@@ -943,11 +939,11 @@ class Sessions:
         etag = parse_etag(request.etag) if request.etag else None
         # A session that turns to CLOUD only, or away from it, is so in both tiers before anybody hears of it.
         durability = DURABILITY_CLOUD if prepared.policy is not None else request.durability
-        done = await self._append(call, h, request.session_id, request.user_id, [prepared], None, etag)
+        done = await self._append(h, request.session_id, request.user_id, [prepared], None, etag)
         if max(durability, done.head.min_durability) >= DURABILITY_CLOUD:
             await self._reach(call, h, done)
         return session_pb2.UpdateSessionResponse(
-            session=await self._describe(call, h, request.session_id, request.user_id),
+            session=await self._describe(h, request.session_id, request.user_id),
             appended=appended_proto(done.turns[0]),
         )
 

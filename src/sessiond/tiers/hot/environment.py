@@ -27,7 +27,6 @@ import asyncio
 import errno
 import os
 import queue
-import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -420,8 +419,3 @@ def _open_error(path: Path, error: Exception) -> SessiondError:
             "UNWRITABLE_FOLDER", f"The folder {path} can't be used: {error}.", where, [("data_dir", str(error))]
         )
     return Corrupt("CORRUPT_HOT_ROW", f"The hot tier in {path} can't be opened: {error}.", where)
-
-
-def remove(path: Path) -> None:
-    """Delete an environment that no process has open; for tests, demos and `sessiond rebuild`."""
-    shutil.rmtree(path, ignore_errors=False)
