@@ -51,7 +51,7 @@ def running(folder: Path, flushes: bool = True) -> Iterator[tuple[Sessions, Part
         lease.acquire()
         lease.start()
         opened.callback(lease.stop, True)
-        flusher = Flusher(hot, store, identity, FLUSH_INTERVAL_MS, 4, daemon.now_ms)
+        flusher = Flusher(hot, store, bucket, identity, FLUSH_INTERVAL_MS, 4, daemon.now_ms)
         if flushes:
             flusher.start()
         opened.callback(flusher.stop)
@@ -74,6 +74,7 @@ def running(folder: Path, flushes: bool = True) -> Iterator[tuple[Sessions, Part
             executor=executor,
             counting=executor,
             clock_ms=daemon.now_ms,
+            expiry_ms=daemon.now_ms,
             turn_bytes_max=TURN_BYTES_MAX,
             default_budget_tokens=0,
         )
@@ -125,7 +126,7 @@ def record_appends(folder: Path, before: int, appends: int) -> tuple[Path, Path,
 
             def operation(transaction: Transaction) -> Any:
                 recorder = Recorder(transaction)
-                done = log.append(recorder, h, "recorded", prepared, None, None, daemon.now_ms(), dict)
+                done = log.append(recorder, h, "recorded", prepared, None, None, daemon.now_ms(), 0, dict)
                 if records:
                     recorded.append(recorder.rows)
                 return done

@@ -33,9 +33,13 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     request_bytes_max: int = 8 * 1024**2
     concurrent_calls_max: int = 4096
     flush_interval_ms: int = 1000
+    flush_waiting_ms: int = 35_000
     flush_threads: int = 4
     commit_group_max: int = 64
     lease_ms: int = 4000
+    serve_unconfirmed: bool = True
+    idle_release_ms: int = 300_000
+    evict_at_percent: int = 70
     drain_grace_ms: int = 30_000
     store_connect_timeout_ms: int = 2000
     store_read_timeout_ms: int = 10_000
@@ -65,9 +69,12 @@ _RANGES: dict[str, tuple[int, int]] = {
     "request_bytes_max": (4096, 32 * 1024**2),
     "concurrent_calls_max": (1, 1_000_000),
     "flush_interval_ms": (1, 3_600_000),
+    "flush_waiting_ms": (0, 3_600_000),
     "flush_threads": (1, 64),
     "commit_group_max": (1, 1024),
     "lease_ms": (500, 600_000),
+    "idle_release_ms": (0, 30 * 86_400_000),
+    "evict_at_percent": (10, 80),
     "drain_grace_ms": (0, 3_600_000),
     "store_connect_timeout_ms": (10, 600_000),
     "store_read_timeout_ms": (10, 600_000),
@@ -168,7 +175,7 @@ def _from_text(key: str, text: str, name: str) -> Any:
             return int(text)
         except ValueError:
             raise _wrong(key, f"{name}={text!r} is no whole number") from None
-    if kind == bool | None:
+    if kind in (bool, bool | None):
         if text.lower() in ("1", "true", "yes"):
             return True
         if text.lower() in ("0", "false", "no"):

@@ -21,7 +21,7 @@ from sessiond.service.sessions import Parts, Sessions
 from sessiond.tiers.cloud.bucket import open_bucket
 from sessiond.tiers.cloud.counting import CountingStore
 from sessiond.tiers.cloud.fit import ensure_fit
-from sessiond.tiers.cloud.lease import Lease
+from sessiond.tiers.cloud.lease import Lease, boot_clock_ms
 from sessiond.tiers.cloud.open import open_store
 from sessiond.tiers.flush import Flusher
 from sessiond.tiers.hot.environment import Environment
@@ -29,8 +29,10 @@ from sessiond.tiers.hot.log import doubt_owned
 from sessiond.tiers.hydrate import Claims, Segments
 from sessiond.tiers.hydrate import Node as NodeIdentity
 from sessiond.tiers.local_disk import refuse_network
+from sessiond.tiers.steady import SteadyClock
+from sessiond.tiers.upkeep import Upkeep
 from sessiond.tokens import Tokenizer
-from sessiond.transport.server import Server
+from sessiond.transport.server import TENANT, Server
 from sessiond.v1 import admin_pb2
 
 log = structlog.get_logger("sessiond")
@@ -114,7 +116,16 @@ class Daemon:
         identity = NodeIdentity(hot.incarnation, settings.node, settings.listen)
         lease.start()
         opened.callback(lease.stop, False)
-        flusher = Flusher(hot, store, identity, settings.flush_interval_ms, settings.flush_threads, now_ms)
+        flusher = Flusher(
+            hot,
+            store,
+            bucket,
+            identity,
+            settings.flush_interval_ms,
+            settings.flush_threads,
+            now_ms,
+            waiting_ms=settings.flush_waiting_ms,
+        )
         flusher.start()
         opened.callback(flusher.stop)
         claims = Claims(hot, store, bucket, identity, time.sleep)
@@ -123,6 +134,8 @@ class Daemon:
         opened.callback(executor.shutdown, wait=True, cancel_futures=True)
         counting = ThreadPoolExecutor(max_workers=COUNT_THREADS, thread_name_prefix="count")
         opened.callback(counting.shutdown, wait=True, cancel_futures=True)
+        # getattr: until every store has a clock of its own
+        expiry_ms = SteadyClock(now_ms, boot_clock_ms, getattr(store, "clock_ms", lambda: None))
         parts = Parts(
             hot=hot,
             store=store,
@@ -136,11 +149,29 @@ class Daemon:
             executor=executor,
             counting=counting,
             clock_ms=now_ms,
+            expiry_ms=expiry_ms,
             turn_bytes_max=settings.turn_bytes_max,
             default_budget_tokens=settings.default_budget_tokens,
+            serve_unconfirmed=settings.serve_unconfirmed,
         )
         sessions = Sessions(parts)
-        node = Node(parts, sessions, store, __version__, settings.drain_grace_ms, calls)
+        upkeep = Upkeep(
+            hot,
+            store,
+            bucket,
+            identity,
+            flusher,
+            tenants=lambda: [TENANT],
+            resumed_ms=sessions.resumed_ms,
+            clock_ms=now_ms,
+            steady_ms=expiry_ms,
+            idle_release_ms=settings.idle_release_ms,
+            evict_at_percent=settings.evict_at_percent,
+            wait=time.sleep,
+        )
+        upkeep.start()
+        opened.callback(upkeep.stop)
+        node = Node(parts, sessions, store, upkeep, __version__, settings.drain_grace_ms, calls)
         server.serve(sessions, node)
         node.phase = admin_pb2.NODE_PHASE_SERVING
         await server.start()

@@ -168,6 +168,18 @@ REASONS: dict[str, Reason] = {
         "The turn is safe on the node's disk only. Send the same turn_id again to complete it.",
         1000,
     ),
+    "DELETE_NOT_COMMITTED": Reason(
+        Unavailable,
+        "UNAVAILABLE",
+        "The node goes on with it and serves the session no more. Delete it again to learn when it is done.",
+        1000,
+    ),
+    "LEASE_LAPSED": Reason(
+        Unavailable,
+        "UNAVAILABLE",
+        "The node can't prove that it owns the session and is set to refuse then; send the same request again.",
+        1000,
+    ),
     "STORE_UNAVAILABLE": Reason(
         Unavailable, "UNAVAILABLE", "The cloud tier can't be reached; try again, and see the daemon's status.", 1000
     ),

@@ -24,6 +24,7 @@ SERVED = {
     "GetSession",
     "ListSessions",
     "UpdateSession",
+    "DeleteSession",
     "ResumeSession",
     "AppendTurn",
     "ListTurns",
@@ -31,6 +32,7 @@ SERVED = {
     "GetStatus",
     "Flush",
     "Drain",
+    "Release",
 }
 # Exhausts the backtracking stack of the tokenizer's regex; well below the limit on a turn.
 PANIC = " " * 999_999
@@ -157,6 +159,10 @@ def test_a_malformed_user_id_is_refused(wire: Wire, session: str, method: str, n
         refused("INVALID_USER_ID", "user_id", call, WITH_A_SESSION[method](session_id=session, user_id=name))
 
 
+def expiring(**fields: int) -> turn_pb2.SessionPolicy:
+    return turn_pb2.SessionPolicy(expiry=turn_pb2.Expiry(**fields))
+
+
 def create_refused(wire: Wire, reason: str, field: str, **fields: object) -> None:
     name = str(fields.setdefault("session_id", next(_names)))
     refused(reason, field, wire.create, name, **{key: value for key, value in fields.items() if key != "session_id"})
@@ -182,7 +188,10 @@ def test_a_session_is_not_made_under_a_malformed_id(wire: Wire, name: str) -> No
         ("INVALID_POLICY", "policy.strategy", {"policy": turn_pb2.SessionPolicy(strategy=99)}),
         ("INVALID_POLICY", "policy.encoding", {"policy": turn_pb2.SessionPolicy(encoding=3)}),
         ("INVALID_POLICY", "policy.budget_tokens", {"policy": turn_pb2.SessionPolicy(budget_tokens=2**32 - 1)}),
-        ("NOT_SERVED_YET", "policy.expiry", {"policy": turn_pb2.SessionPolicy(expiry=turn_pb2.Expiry(ttl_ms=1))}),
+        ("INVALID_POLICY", "policy.expiry.ttl_ms", {"policy": expiring(ttl_ms=2**62)}),
+        ("INVALID_POLICY", "policy.expiry.ttl_ms", {"policy": expiring(mode=turn_pb2.EXPIRY_MODE_FIXED)}),
+        ("INVALID_POLICY", "policy.expiry.mode", {"policy": expiring(ttl_ms=1, mode=9)}),
+        ("INVALID_POLICY", "policy.expiry.action", {"policy": expiring(ttl_ms=1, action=9)}),
         (
             "NOT_SERVED_YET",
             "policy.strategy",

@@ -162,7 +162,7 @@ class LiveNode:
         store, bucket = world.store, world.bucket
         self.hot = Environment(world.path / hot_name, 1 << 30, 128, 64)
         self.node = Node(self.hot.incarnation, name, "here")
-        self.flusher = Flusher(self.hot, store, self.node, flush_interval_ms, 2, self.clock, lambda _: None)
+        self.flusher = Flusher(self.hot, store, bucket, self.node, flush_interval_ms, 2, self.clock, lambda _: None)
         self.claims = Claims(self.hot, store, bucket, self.node, lambda _: None)
         self.executors = [ThreadPoolExecutor(8), ThreadPoolExecutor(2)]
         self.call = Call("default", None)
@@ -180,6 +180,7 @@ class LiveNode:
                 executor=self.executors[0],
                 counting=self.executors[1],
                 clock_ms=self.clock,
+                expiry_ms=self.clock,
                 turn_bytes_max=1 << 20,
                 default_budget_tokens=0,
             )

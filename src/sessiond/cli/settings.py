@@ -30,9 +30,13 @@ HELP: Final = {
     "request_bytes_max": "The largest request that is taken.",
     "concurrent_calls_max": "Calls at one time; more are refused.",
     "flush_interval_ms": "How long a turn waits at most before it is sent to the cloud tier.",
+    "flush_waiting_ms": "How long a turn may wait at most whose exchange has no answer yet.",
     "flush_threads": "Sessions that are flushed at one time.",
     "commit_group_max": "The most appends that share one fsync.",
     "lease_ms": "How long this node's lease holds without renewal.",
+    "serve_unconfirmed": "Go on serving, marked UNCONFIRMED, while the lease can't be renewed; else refuse.",
+    "idle_release_ms": "A session unused for so long is released; 0 releases none.",
+    "evict_at_percent": "Share of the map above which released sessions are evicted, the least recently used first.",
     "drain_grace_ms": "The most that a drain may take.",
     "store_connect_timeout_ms": "Longest wait for a connection to the cloud tier.",
     "store_read_timeout_ms": "Longest wait for an answer of the cloud tier.",
@@ -53,7 +57,7 @@ def options(*names: str) -> Callable[[Command], Command]:
         for name in reversed(wanted):
             flag = f"--{name.replace('_', '-')}"
             text = HELP.get(name, f"The setting {name}.")
-            if types[name] == bool | None:
+            if types[name] in (bool, bool | None):
                 command = click.option(f"{flag}/--no-{flag[2:]}", name, default=None, help=text)(command)
                 continue
             if defaults[name] not in ("", 0):

@@ -141,6 +141,7 @@ class AsyncClient:
     list_sessions = _listing(Calls.list_sessions)
     list_sessions_page = _unary(Calls.list_sessions_page)
     update_session = _unary(Calls.update_session)
+    delete_session = _unary(Calls.delete_session)
     resume = _unary(Calls.resume)
     append = _unary(Calls.append)
     list_turns = _listing(Calls.list_turns)
@@ -148,6 +149,7 @@ class AsyncClient:
     list_checkpoints = _unary(Calls.list_checkpoints)
     get_status = _unary(Calls.get_status)
     flush = _unary(Calls.flush)
+    release = _unary(Calls.release)
 
     async def drain(self, grace_ms: int = 0, *, shut_down: bool = False) -> AsyncIterator[admin_pb2.DrainResponse]:
         """Have the node stop taking work, flush and release everything: progress, the last with `done`. Iterate it.

@@ -240,6 +240,11 @@ class Calls:
 
         return Listing(page, lambda reply: reply.sessions, check)
 
+    def delete_session(self, session_id: str, *, user_id: str = "") -> Call[bool]:
+        """Delete a session for ever; False if it was deleted before. Its id can never be used again."""
+        request = session_pb2.DeleteSessionRequest(session_id=session_id, user_id=user_id)
+        return _session_call("DeleteSession", request, lambda reply: bool(reply.deleted))
+
     def update_session(
         self,
         session_id: str,
@@ -448,6 +453,10 @@ class Calls:
     def flush(self, session_id: str = "") -> Call[admin_pb2.FlushResponse]:
         """Write everything that the cloud tier lacks, of one session or of all, and wait for it."""
         return Call("AdminService", "Flush", admin_pb2.FlushRequest(session_id=session_id), session_id, _itself)
+
+    def release(self, session_ids: Iterable[str]) -> Call[admin_pb2.ReleaseResponse]:
+        """Flush and release sessions, so that another node may take them; the reply names those that could not be."""
+        return Call("AdminService", "Release", admin_pb2.ReleaseRequest(session_ids=session_ids), "", _itself)
 
 
 def _session_call(method: str, request: Any, done: Callable[[Any], Reply]) -> Call[Reply]:

@@ -122,6 +122,7 @@ class Client:
     list_sessions = _listing(Calls.list_sessions)
     list_sessions_page = _unary(Calls.list_sessions_page)
     update_session = _unary(Calls.update_session)
+    delete_session = _unary(Calls.delete_session)
     resume = _unary(Calls.resume)
     append = _unary(Calls.append)
     list_turns = _listing(Calls.list_turns)
@@ -129,6 +130,7 @@ class Client:
     list_checkpoints = _unary(Calls.list_checkpoints)
     get_status = _unary(Calls.get_status)
     flush = _unary(Calls.flush)
+    release = _unary(Calls.release)
 
     def drain(self, grace_ms: int = 0, *, shut_down: bool = False) -> Iterator[admin_pb2.DrainResponse]:
         """Have the node stop taking work, flush and release everything: progress, the last with `done`. Iterate it.

@@ -199,6 +199,13 @@ def policy_proto(policy: turn_pb2.SessionPolicy | Mapping[str, Any] | None) -> t
     ):
         if name in values:
             values[name] = enum(kind, values[name], f"policy.{name}")
+    if isinstance(values.get("expiry"), Mapping):
+        expiry = dict(values["expiry"])
+        if "mode" in expiry:
+            expiry["mode"] = enum(turn_pb2.ExpiryMode, expiry["mode"], "policy.expiry.mode")
+        if "action" in expiry:
+            expiry["action"] = enum(turn_pb2.ExpiryAction, expiry["action"], "policy.expiry.action")
+        values["expiry"] = expiry
     try:
         return turn_pb2.SessionPolicy(**values)
     except (TypeError, ValueError) as failure:

@@ -56,6 +56,9 @@ SEGMENT_ROWS_KEPT: Final = 64
 EPOCH_ROWS_MAX: Final = 128
 LOSS_ROWS_MAX: Final = 16
 
+# The reason of a loss row, equal to MissingReason of context.proto: the owner's hot tier is gone.
+LOSS_HOT_TIER: Final = 1
+
 LIFECYCLE_ACTIVE: Final = 1
 LIFECYCLE_ARCHIVED: Final = 2
 LIFECYCLE_DELETED: Final = 3

@@ -15,10 +15,12 @@ from typing import Final
 from sessiond import core
 from sessiond.core import rules
 from sessiond.errors import REASONS, SessiondError
+from sessiond.service.prepare import check_session_id
 from sessiond.service.sessions import Call, Parts, Sessions
 from sessiond.tiers.cloud.counting import CountingStore
 from sessiond.tiers.flush import Flushed
 from sessiond.tiers.hot.rows import PHASE_OWNED, PHASE_RELEASING, decode_head
+from sessiond.tiers.upkeep import Upkeep
 from sessiond.v1 import admin_pb2, session_pb2
 
 DRAIN_IN_FLIGHT_MAX: Final = 64
@@ -49,17 +51,30 @@ class Node:
     """AdminService, without the wire."""
 
     def __init__(
-        self, parts: Parts, sessions: Sessions, store: CountingStore, version: str, grace_ms: int, calls: CallCounts
+        self,
+        parts: Parts,
+        sessions: Sessions,
+        store: CountingStore,
+        upkeep: Upkeep,
+        version: str,
+        grace_ms: int,
+        calls: CallCounts,
     ) -> None:
         self._parts = parts
         self._sessions = sessions
         self._store = store
+        self._upkeep = upkeep
         self._version = version
         self._grace_ms = grace_ms
         self._calls = calls
         self._started_ms = parts.clock_ms()
         self.phase = admin_pb2.NODE_PHASE_STARTING
         self.on_phase: Callable[[], None] = lambda: None
+
+    @property
+    def cloud_answers(self) -> bool:
+        """Whether the cloud tier answers, as far as is known."""
+        return self._store.reachable and not self._parts.flusher.failing
 
     def set_phase(self, phase: admin_pb2.NodePhase) -> None:
         """Move on, and let health know."""
@@ -70,7 +85,7 @@ class Node:
         """What the node is doing."""
         parts = self._parts
         used, size = parts.hot.used_bytes()
-        dirty, oldest_ms = parts.flusher.dirty()
+        backlog, done = parts.flusher.backlog(), self._upkeep.done
         with parts.hot.read() as transaction:
             sessions = transaction.entries("heads")
         cloud = admin_pb2.CloudTierStatus(
@@ -82,6 +97,8 @@ class Node:
         )
         for kind, outcome, count, moved in self._store.snapshot():
             cloud.requests.add(kind=kind, outcome=outcome, count=count, bytes=moved)
+        for kind, about, count in self._store.objects():
+            cloud.objects.add(kind=kind, object=about, count=count)
         response = admin_pb2.GetStatusResponse(
             version=self._version,
             node=parts.node.name,
@@ -93,8 +110,8 @@ class Node:
                 sessions=sessions,
                 map_used_bytes=used,
                 map_size_bytes=size,
-                dirty_sessions=dirty,
-                oldest_dirty_ms=oldest_ms,
+                dirty_sessions=backlog.sessions,
+                oldest_dirty_ms=backlog.oldest_ms,
                 path=str(parts.hot.path),
                 readers=parts.hot.readers(),
             ),
@@ -103,6 +120,23 @@ class Node:
                 commits=parts.hot.commits, appends=parts.hot.appends, group_max=parts.hot.group_size_max
             ),
             resident_bytes=resident_bytes(),
+            turns_appended=self._sessions.turns_appended,
+            flush=admin_pb2.FlushStatus(
+                in_flight=backlog.in_flight,
+                width=backlog.width,
+                failing_ms=backlog.failing_ms,
+                last_error=backlog.last_error,
+                commits=backlog.commits,
+                merges=backlog.merges,
+            ),
+            upkeep=admin_pb2.UpkeepStatus(
+                released_sessions=done.released,
+                evicted_sessions=done.evicted,
+                archived_sessions=done.archived,
+                deleted_sessions=done.deleted,
+                clock_ahead_ms=parts.clock_ms() - parts.expiry_ms(),
+                last_error=self._upkeep.last_error,
+            ),
         )
         for (method, status, reason), count in sorted(self._calls.counts.items()):
             response.calls.add(method=method, status=status, reason=reason, count=count)
@@ -132,6 +166,22 @@ class Node:
                     response.flushed_sessions += 1
         response.failed_sessions = sum(failures.values())
         response.failures.update(failures)
+        return response
+
+    async def release(self, call: Call, request: admin_pb2.ReleaseRequest) -> admin_pb2.ReleaseResponse:
+        """Flush and release named sessions that this node holds; one that it does not hold counts as released."""
+        response = admin_pb2.ReleaseResponse()
+        for session_id in request.session_ids:
+            h = rules.session_hash(self._parts.bucket.hash_key, call.tenant, check_session_id(session_id))
+            try:
+                done = await asyncio.wrap_future(self._parts.flusher.request(h, release=True))
+            except SessiondError as error:
+                response.failures[session_id] = error.reason
+                continue
+            if done.released:
+                response.released_sessions += 1
+            else:
+                response.failures[session_id] = "NOT_OWNER"
         return response
 
     def _owned(self) -> list[bytes]:

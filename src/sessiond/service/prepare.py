@@ -14,6 +14,7 @@ from typing import Any, Final
 from google.protobuf.message import Message as ProtoMessage
 
 from sessiond.core import rules, tool_events
+from sessiond.core.expiry import TTL_MS_MAX
 from sessiond.core.layout import (
     KIND_MESSAGE,
     KIND_MILESTONE,
@@ -118,14 +119,28 @@ def check_policy(policy: turn_pb2.SessionPolicy, field: str = "policy") -> dict[
         raise invalid("INVALID_POLICY", f"{field}.encoding", f"{policy.encoding} is no encoding")
     if policy.budget_tokens > BUDGET_TOKENS_MAX:
         raise invalid("INVALID_POLICY", f"{field}.budget_tokens", f"it is above {BUDGET_TOKENS_MAX}")
-    if policy.HasField("expiry") and policy.expiry.ttl_ms:
-        raise Unimplemented(
-            "NOT_SERVED_YET",
-            "Expiry is part of the contract but not served by this release.",
-            fields=[(f"{field}.expiry", "")],
-        )
     names = ("min_durability", "strategy", "encoding", "budget_tokens", "pins_budget_tokens")
-    return {name: getattr(policy, name) for name in names if getattr(policy, name)}
+    checked: dict[str, Any] = {name: getattr(policy, name) for name in names if getattr(policy, name)}
+    expiry = _check_expiry(policy.expiry, f"{field}.expiry")
+    if expiry:
+        checked["expiry"] = expiry
+    return checked
+
+
+def _check_expiry(expiry: turn_pb2.Expiry, field: str) -> dict[str, int]:
+    """An expiry as it is stored, with what was not said filled in; empty for none. Raises Invalid INVALID_POLICY."""
+    if expiry.mode not in turn_pb2.ExpiryMode.values():
+        raise invalid("INVALID_POLICY", f"{field}.mode", f"{expiry.mode} is no mode")
+    if expiry.action not in turn_pb2.ExpiryAction.values():
+        raise invalid("INVALID_POLICY", f"{field}.action", f"{expiry.action} is no action")
+    if expiry.ttl_ms > TTL_MS_MAX:
+        raise invalid("INVALID_POLICY", f"{field}.ttl_ms", f"{expiry.ttl_ms} is above {TTL_MS_MAX}; 0 is for ever")
+    if not expiry.ttl_ms:
+        if expiry.mode or expiry.action:
+            raise invalid("INVALID_POLICY", f"{field}.ttl_ms", "it is 0, so that mode and action mean nothing")
+        return {}
+    mode = expiry.mode or turn_pb2.EXPIRY_MODE_SLIDING
+    return {"ttl_ms": expiry.ttl_ms, "mode": mode, "action": expiry.action or turn_pb2.EXPIRY_ACTION_ARCHIVE}
 
 
 def policy_proto(policy: dict[str, Any]) -> turn_pb2.SessionPolicy:

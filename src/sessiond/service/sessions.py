@@ -15,6 +15,7 @@ from typing import Any, Final, TypeVar
 
 from sessiond.core import rules
 from sessiond.core import state as states
+from sessiond.core.expiry import lifecycle_at
 from sessiond.core.manifest import LIFECYCLE_ARCHIVED, LIFECYCLE_DELETED, Manifest
 from sessiond.core.state import State
 from sessiond.errors import (
@@ -54,6 +55,7 @@ from sessiond.tiers.hot.rows import (
     PHASE_DOUBTED,
     PHASE_FENCED,
     PHASE_OWNED,
+    PHASE_RELEASED,
     PHASE_RELEASING,
     Head,
     decode_committed,
@@ -86,6 +88,8 @@ INLINE_COUNT_BYTES_MAX: Final = 4096
 # A read that keeps finding the session changed under it gives up.
 ATTEMPTS_MAX: Final = 64
 OWN_ATTEMPTS_MAX: Final = 12
+# Sessions of which it is remembered when they were last read; others go by their newest turn.
+RESUMED_MAX: Final = 65_536
 # Left of a caller's deadline for the reply itself.
 REPLY_MARGIN_MS: Final = 20
 
@@ -119,8 +123,10 @@ class Parts:
     executor: Executor
     counting: Executor
     clock_ms: Callable[[], int]
+    expiry_ms: Callable[[], int]
     turn_bytes_max: int
     default_budget_tokens: int
+    serve_unconfirmed: bool = True
 
 
 class Sessions:
@@ -134,6 +140,9 @@ class Sessions:
         self._creating: set[asyncio.Future[bool]] = set()
         self.draining = False
         self.rungs = dict.fromkeys(("HOT", "CLOUD", "PARTIAL", "RESET"), 0)
+        self.turns_appended = 0
+        # When sessions were last read, the newest last: reading writes nothing.
+        self._resumed_ms: dict[bytes, int] = {}
 
     def _hash(self, call: Call, session_id: str) -> bytes:
         return rules.session_hash(self._parts.bucket.hash_key, call.tenant, check_session_id(session_id))
@@ -169,8 +178,32 @@ class Sessions:
             raise not_found(session_id)
         check_user(session_id, cold.manifest.user, user_id)
         if cold.manifest.lifecycle == LIFECYCLE_DELETED:
-            raise NotFound("SESSION_DELETED", f"Session {session_id!r} was deleted.", {"session_id": session_id})
+            if head is not None and head.lifecycle != LIFECYCLE_DELETED:
+                await self._off_loop(self._parts.claims.note_deleted, h)
+            raise log.deleted(session_id)
+        if self._lifecycle(cold.manifest) == LIFECYCLE_DELETED:
+            raise log.deleted(session_id)
         return cold
+
+    def _lifecycle(self, what: Head | Manifest) -> int:
+        """Where a session is in its life now; its time may have come before anybody wrote that down."""
+        return lifecycle_at(what.lifecycle, what.policy, what.expires_ms, self._parts.expiry_ms())
+
+    def _admit(self, session_id: str, head: Head, user_id: str) -> None:
+        """Let a caller at a session that this node owns. Raises NotFound."""
+        check_user(session_id, head.user, user_id)
+        if self._lifecycle(head) == LIFECYCLE_DELETED:
+            raise log.deleted(session_id)
+
+    def resumed_ms(self, h: bytes) -> int:
+        """When the session was last read from the hot tier; 0 if that is not known any more."""
+        return self._resumed_ms.get(h, 0)
+
+    def _note_resumed(self, h: bytes) -> None:
+        self._resumed_ms.pop(h, None)
+        self._resumed_ms[h] = self._parts.clock_ms()
+        if len(self._resumed_ms) > RESUMED_MAX:
+            del self._resumed_ms[next(iter(self._resumed_ms))]
 
     def _peek(self, h: bytes) -> Head | None:
         with self._hot.read() as transaction:
@@ -237,7 +270,7 @@ class Sessions:
             await self._settle_doubt(h)
             head = self._peek(h)
             if head is not None and head.phase == PHASE_OWNED:
-                check_user(session_id, head.user, user_id)
+                self._admit(session_id, head, user_id)
                 return
             if self.draining:
                 raise draining()
@@ -283,6 +316,8 @@ class Sessions:
     def _ownership(self) -> int:
         if self._parts.lease.is_valid():
             return context_pb2.OWNERSHIP_CONFIRMED
+        if not self._parts.serve_unconfirmed:
+            raise Unavailable("LEASE_LAPSED", "The node's lease has lapsed.")
         return context_pb2.OWNERSHIP_UNCONFIRMED
 
     def _check_not_fenced(self) -> None:
@@ -347,7 +382,7 @@ class Sessions:
         with self._hot.read() as transaction:
             head = log.read_head(transaction, h)
             if head is not None and head.phase == PHASE_OWNED:
-                check_user(session_id, head.user, user_id)
+                self._admit(session_id, head, user_id)
                 manifest = decode_committed(h, transaction.get("manifests", h))
                 return self._session_proto(
                     head.session, head.user, manifest, states.decode(head.state), head, self._missing(head.loss)
@@ -374,7 +409,7 @@ class Sessions:
         missing: list[context_pb2.MissingRange],
     ) -> session_pb2.Session:
         birth = manifest.birth
-        lifecycle = head.lifecycle if head else manifest.lifecycle
+        lifecycle = self._lifecycle(head or manifest)
         owner = manifest.owner
         return session_pb2.Session(
             session_id=session_id,
@@ -457,7 +492,7 @@ class Sessions:
                 except Corrupt as error:
                     response.unreadable.add(session_id=unwrap_text(h, "users", name), reason=error.reason)
                     continue
-                if head is None or head.phase != PHASE_OWNED:
+                if head is None or head.phase != PHASE_OWNED or self._lifecycle(head) == LIFECYCLE_DELETED:
                     continue
                 if len(response.sessions) == size:
                     response.next_page_token = seal_page(bucket.hash_key, query, [last])
@@ -477,7 +512,7 @@ class Sessions:
                 head = log.read_head(transaction, h)
                 if head is not None and head.phase == PHASE_OWNED:
                     manifest = decode_committed(h, transaction.get("manifests", h))
-                    if not self._is_indexed_by(key, manifest):
+                    if not self._is_indexed_by(key, manifest) or self._lifecycle(head) == LIFECYCLE_DELETED:
                         return None
                     missing = self._missing(head.loss)
                     return self._session_proto(
@@ -485,7 +520,7 @@ class Sessions:
                     )
             cold = await self._load(h)
             # A row of the index without a manifest is a creation that was never acknowledged.
-            if cold is None or cold.manifest.lifecycle == LIFECYCLE_DELETED:
+            if cold is None or self._lifecycle(cold.manifest) == LIFECYCLE_DELETED:
                 return None
             if not self._is_indexed_by(key, cold.manifest):
                 return None
@@ -515,7 +550,7 @@ class Sessions:
             with self._hot.read() as transaction:
                 head = log.read_head(transaction, h)
                 if head is not None and head.phase == PHASE_OWNED:
-                    check_user(request.session_id, head.user, request.user_id)
+                    self._admit(request.session_id, head, request.user_id)
                     if spec is None:
                         spec = self._inline_spec(request.context, head.policy)
                     if spec is not None:
@@ -530,6 +565,7 @@ class Sessions:
                             needed = error
                         else:
                             self._count_rung(standing.rung)
+                            self._note_resumed(h)
                             break
             if head is None or head.phase != PHASE_OWNED:
                 if head is not None and head.phase == PHASE_DOUBTED:
@@ -819,7 +855,8 @@ class Sessions:
                 return dict(decode_committed(h, transaction.get("manifests", h)).birth["metadata"])
 
             try:
-                return log.append(transaction, h, session_id, turns, expected, state_etag, now_ms, birth)
+                expiry_ms = self._parts.expiry_ms()
+                return log.append(transaction, h, session_id, turns, expected, state_etag, now_ms, expiry_ms, birth)
             except log.HistoryNeeded as needed:
                 return needed
 
@@ -834,6 +871,7 @@ class Sessions:
                     continue  # released in between: take it again
                 raise draining() if self.draining else error from None
             if isinstance(outcome, log.Appended):
+                self.turns_appended += sum(not turn.duplicate for turn in outcome.turns)
                 return outcome
             await self._backfill(h, outcome)
         raise Unavailable("NOT_OWNER", f"Session {session_id!r} keeps changing hands.", {"session_id": session_id})
@@ -947,6 +985,56 @@ class Sessions:
             appended=appended_proto(done.turns[0]),
         )
 
+    # Delete ------------------------------------------------------------------------------------------------------
+
+    async def delete(self, call: Call, request: session_pb2.DeleteSessionRequest) -> session_pb2.DeleteSessionResponse:
+        """End a session for ever: its tombstone is in the cloud tier before the reply."""
+        h = self._hash(call, request.session_id)
+        check_user_id(request.user_id)
+        self._check_not_fenced()
+        head = self._peek(h)
+        if head is not None and head.lifecycle == LIFECYCLE_DELETED:
+            check_user(request.session_id, head.user, request.user_id)  # begun by an earlier call, and not done yet
+        elif not await self._mark_deleted(h, request.session_id, request.user_id):
+            return session_pb2.DeleteSessionResponse(deleted=False)
+        try:
+            await wait_until(asyncio.wrap_future(self._parts.flusher.request(h)), self._remaining_ms(call))
+        except (TimeoutError, SessiondError) as error:
+            head = self._peek(h)
+            if head is None or head.phase == PHASE_RELEASED:
+                # The tombstone stands; what it leaves behind is removed as soon as the store answers again.
+                return session_pb2.DeleteSessionResponse(deleted=True)
+            detail = error.message if isinstance(error, SessiondError) else "the cloud tier did not confirm in time."
+            raise Unavailable(
+                "DELETE_NOT_COMMITTED",
+                f"The deletion of session {request.session_id!r} is not committed in the cloud tier: {detail}",
+                {"session_id": request.session_id},
+            ) from error
+        return session_pb2.DeleteSessionResponse(deleted=True)
+
+    async def _mark_deleted(self, h: bytes, session_id: str, user_id: str) -> bool:
+        """Have the rows ask for a tombstone; False if the session was deleted before. Raises as owning it does."""
+
+        def operation(transaction: Transaction) -> bool:
+            head = log.read_head(transaction, h)
+            if head is None or head.phase != PHASE_OWNED:
+                return False
+            head.lifecycle = LIFECYCLE_DELETED
+            head.changes += 1
+            log.write_head(transaction, h, head, self._parts.clock_ms(), False)
+            return True
+
+        for _ in range(OWN_ATTEMPTS_MAX):
+            try:
+                await self._own(h, session_id, user_id)
+            except NotFound as error:
+                if error.reason != "SESSION_DELETED":
+                    raise
+                return False
+            if await self._hot.run(operation):
+                return True
+        raise Unavailable("NOT_OWNER", f"Session {session_id!r} keeps changing hands.", {"session_id": session_id})
+
     # Transcript and checkpoints ----------------------------------------------------------------------------------
 
     async def list_turns(
@@ -967,7 +1055,7 @@ class Sessions:
         await self._settle_doubt(h)
         try:
             frames, reached, head = await self._read_turns(h, first_seq, last_seq, PAGE_BYTES_MAX, size)
-            check_user(request.session_id, head.user, request.user_id)
+            self._admit(request.session_id, head, request.user_id)
             standing = self._standing(session_pb2.ResumeSessionRequest(), head, states.decode(head.state), None)
             if first_seq < head.hot_first and standing.rung == context_pb2.RUNG_HOT:
                 standing.rung = context_pb2.RUNG_CLOUD
@@ -1047,7 +1135,7 @@ class Sessions:
         with self._hot.read() as transaction:
             head = log.read_head(transaction, h)
             if head is not None and head.phase == PHASE_OWNED:
-                check_user(request.session_id, head.user, request.user_id)
+                self._admit(request.session_id, head, request.user_id)
                 saved = log.checkpoints(transaction, h)
         if saved is None:
             cold = await self._cold(h, request.session_id, request.user_id)

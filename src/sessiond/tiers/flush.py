@@ -7,24 +7,26 @@ rows is reported and never overwritten, and that one session has one flusher at 
 from __future__ import annotations
 
 import hashlib
+import heapq
 import os
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
-from sessiond import core
 from sessiond.core import envelope
 from sessiond.core import state as states
+from sessiond.core.expiry import day_of
 from sessiond.core.layout import SEGMENT_BYTES_MAX
 from sessiond.core.manifest import (
     CHECKPOINTS_MAX,
     INLINE_NEWEST_BYTES,
     INLINE_TAIL_BYTES_MAX,
     KEPT_BYTES_MAX,
+    LIFECYCLE_DELETED,
     SEGMENT_ROWS_KEPT,
     SEGMENT_ROWS_MAX,
     TURN_ID_ENTRY_BYTES,
@@ -32,9 +34,18 @@ from sessiond.core.manifest import (
     Manifest,
 )
 from sessiond.errors import Conflict, Corrupt, SessiondError, Unavailable
-from sessiond.tiers.cloud.bucket import refusal, segment_index_key, segment_key
+from sessiond.tiers.cloud.bucket import Bucket, refusal, segment_index_key
 from sessiond.tiers.cloud.lease import boot_clock_ms
 from sessiond.tiers.cloud.store import Ambiguous, ObjectStore, StoreError
+from sessiond.tiers.compact import (
+    MERGE_SEGMENTS_OVERDUE,
+    REPLACED_KEPT_MS,
+    REPLACED_KEY,
+    mergeable,
+    replaced,
+    row_key,
+    seal,
+)
 from sessiond.tiers.hot import log
 from sessiond.tiers.hot.environment import Environment, Transaction
 from sessiond.tiers.hot.rows import (
@@ -46,15 +57,26 @@ from sessiond.tiers.hot.rows import (
     Head,
     decode_committed,
     encode_committed,
+    user_key,
 )
 from sessiond.tiers.hydrate import ATTEMPTS_MAX, Node, Segments, load, put_settled, revalidate
+from sessiond.tiers.pace import Pace
+from sessiond.tiers.retire import leaves_row, needs_row, put_expiry_row, remove_objects, tombstone
 
 BACKOFF_FIRST_MS = 200
 BACKOFF_LAST_MS = 10_000
-# Dirty sessions looked at in one round; the rest wait for the next.
-ROUND_SESSIONS_MAX = 4096
+# What is due is gathered so many sessions at a time, the longest waiting first; the rest waits for the next time.
+DUE_MAX = 4096
+DUE_LOW = 256
 # Segments of one flush after which more than a tail may travel inline.
 SEAL_ROUNDS_MAX = 8
+# A session may be flushed so often while it waits for an answer, and once more for each interval that goes by.
+WAITING_FLUSHES_MAX = 10
+WAITING_REFILL_MS = 600_000
+# Sessions of which something is remembered between two flushes; beyond it everything is forgotten, at little cost.
+REMEMBERED_MAX = 65_536
+# Refusals that speak of the store, not of one session.
+_STORE_REASONS = frozenset(("STORE_UNAVAILABLE", "COMMIT_UNKNOWN", "STORE_DENIED"))
 
 
 @dataclass(slots=True)
@@ -64,6 +86,29 @@ class Flushed:
     cloud_seq: int
     wrote: bool
     released: bool
+
+
+@dataclass(slots=True)
+class _Wanted:
+    """One request for a flush. unused_since_ms: release only if nothing was appended after that time."""
+
+    release: bool
+    future: Future[Flushed]
+    unused_since_ms: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    """How the flusher stands. failing_ms: since when the store does not answer, 0 if it does."""
+
+    sessions: int
+    oldest_ms: int
+    in_flight: int
+    width: int
+    failing_ms: int
+    last_error: str
+    commits: int
+    merges: int
 
 
 @dataclass(slots=True)
@@ -84,30 +129,41 @@ class Flusher:
         self,
         hot: Environment,
         store: ObjectStore,
+        bucket: Bucket,
         node: Node,
         interval_ms: int,
         threads: int,
         clock_ms: Callable[[], int],
         wait: Callable[[float], object] = time.sleep,
+        waiting_ms: int = 0,
     ) -> None:
+        """interval_ms: how long a finished exchange waits. waiting_ms: how long one without an answer may, at most."""
         self._hot = hot
         self._store = store
+        self._bucket = bucket
         self._node = node
         self._interval_ms = interval_ms
+        self._waiting_ms = max(interval_ms, waiting_ms)
         self._clock_ms = clock_ms
         self._wait = wait
         self._segments = Segments(store)
+        self._pace = Pace(threads)
         self._pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="flush")
         # Somebody waits for these: they must not stand behind everything that is merely due.
         self._urgent = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="flush-now")
         self._lock = threading.Lock()
         self._running: set[bytes] = set()
-        self._waiting: dict[bytes, list[tuple[bool, Future[Flushed]]]] = {}
+        self._background = 0
+        self._due: dict[bytes, None] = {}
+        self._wanted: dict[bytes, list[_Wanted]] = {}
         self._not_before: dict[bytes, tuple[int, int]] = {}
+        self._allowance: dict[bytes, tuple[float, int]] = {}
+        self._deleted_names: set[str] = set()
         self._wake = threading.Event()
         self._stopping = False
         self._thread: threading.Thread | None = None
         self.last_error = ""
+        self.commits = self.merges = 0
 
     def start(self) -> None:
         """Begin looking for dirty sessions."""
@@ -122,6 +178,12 @@ class Flusher:
             self._thread.join()
         self._pool.shutdown(wait=True)
         self._urgent.shutdown(wait=True)
+        with self._lock:
+            left = [wanted for waiting in self._wanted.values() for wanted in waiting]
+            self._wanted.clear()
+        for wanted in left:
+            if wanted.future.set_running_or_notify_cancel():
+                wanted.future.set_exception(Unavailable("NODE_DRAINING", "The flusher has stopped."))
 
     def request(self, h: bytes, release: bool = False) -> Future[Flushed]:
         """Flush this session now, and release it if asked. The future has the outcome, or the refusal."""
@@ -130,96 +192,213 @@ class Flusher:
             if self._stopping:
                 future.set_exception(Unavailable("NODE_DRAINING", "The flusher has stopped."))
                 return future
+            if self._pace.refuses(boot_clock_ms()):
+                # Waiting for one more timeout would tell the caller nothing; the backlog tries all the time.
+                what = f"The cloud tier does not answer: {self.last_error}."
+                future.set_exception(Unavailable("STORE_UNAVAILABLE", what))
+                return future
             # A flush under way may have looked before the caller's turn was committed: it takes another.
-            self._waiting.setdefault(h, []).append((release, future))
+            self._wanted.setdefault(h, []).append(_Wanted(release, future))
             if h not in self._running:
                 self._running.add(h)
                 self._urgent.submit(self._run, h)
         return future
 
+    def release_unused(self, h: bytes, unused_since_ms: int) -> Future[Flushed]:
+        """Flush and release a session in the background, unless something was appended after that time."""
+        future: Future[Flushed] = Future()
+        with self._lock:
+            if self._stopping:
+                future.set_exception(Unavailable("NODE_DRAINING", "The flusher has stopped."))
+                return future
+            self._wanted.setdefault(h, []).append(_Wanted(True, future, unused_since_ms))
+            if h not in self._running:
+                self._due[h] = None
+        self._feed()
+        return future
+
     def dirty(self) -> tuple[int, int]:
         """(sessions that the cloud tier lacks something of, ms since the oldest became so)."""
+        oldest_ms = 0
         with self._hot.read() as transaction:
             count = transaction.entries("dirty")
-            oldest = min((int.from_bytes(value, "big") for _, value in transaction.scan("dirty", b"")), default=0)
-        return count, max(0, self._clock_ms() - oldest) if count else 0
+            for _, value in transaction.scan("dirty", b""):
+                since_ms = log.decode_dirty(value)[0]
+                oldest_ms = min(oldest_ms or since_ms, since_ms)
+        return count, max(0, self._clock_ms() - oldest_ms) if count else 0
+
+    def backlog(self) -> Backlog:
+        """How the flusher stands."""
+        sessions, oldest_ms = self.dirty()
+        boot_ms = boot_clock_ms()
+        with self._lock:
+            in_flight = len(self._running)
+        failing_ms = boot_ms - self._pace.failing_since_ms if self._pace.failing else 0
+        width = self._pace.width(boot_ms)
+        return Backlog(sessions, oldest_ms, in_flight, width, failing_ms, self.last_error, self.commits, self.merges)
+
+    @property
+    def failing(self) -> bool:
+        """Whether the store is taken to be down."""
+        return self._pace.failing
 
     def _loop(self) -> None:
         while not self._stopping:
             self._wake.wait(min(self._interval_ms, 1000) / 2000)
+            self._wake.clear()
             try:
-                self._round()
+                if len(self._due) < DUE_LOW:
+                    self._collect()
+                self._feed()
             except SessiondError as error:
                 self.last_error = error.reason
 
-    def _round(self) -> None:
+    def _collect(self) -> None:
+        """Gather the sessions that are due, the longest waiting first: none is passed over for ever."""
         now_ms, boot_ms = self._clock_ms(), boot_clock_ms()
-        due: list[bytes] = []
+        catching_up = self._pace.failing or self._pace.catching_up(boot_ms)
+        due: list[tuple[int, bytes]] = []
         with self._hot.read() as transaction:
             for key, value in transaction.scan("dirty", b""):
-                retry_ms = self._not_before.get(key, (0, 0))[0]
-                age_ms = now_ms - int.from_bytes(value, "big")
+                since_ms, waiting = log.decode_dirty(value)
+                age_ms = now_ms - since_ms
                 # A clock that stepped back must not hold a flush up for long.
-                if (age_ms >= self._interval_ms or age_ms < -self._interval_ms) and retry_ms <= boot_ms:
-                    due.append(key)
-                if len(due) >= ROUND_SESSIONS_MAX:
-                    break
+                if -self._interval_ms <= age_ms < self._interval_ms:
+                    continue
+                if self._not_before.get(key, (0, 0))[0] > boot_ms:
+                    continue
+                if waiting and 0 <= age_ms < self._waiting_ms and not catching_up and not self._spend(key, boot_ms):
+                    continue
+                due.append((since_ms, key))
         with self._lock:
-            for h in due:
-                if h not in self._running and not self._stopping:
+            for _, key in heapq.nsmallest(DUE_MAX, due):
+                if key not in self._running:
+                    self._due[key] = None
+
+    def _spend(self, h: bytes, boot_ms: int) -> bool:
+        """Whether a session that waits for an answer may be flushed already: a few times, then more and more seldom.
+
+        A turn per half minute would cost a PUT each; two of them in one PUT cost half (bench/README.md, "The bill").
+        """
+        left, at_ms = self._allowance.get(h, (float(WAITING_FLUSHES_MAX), boot_ms))
+        left = min(WAITING_FLUSHES_MAX, left + (boot_ms - at_ms) / WAITING_REFILL_MS)
+        if len(self._allowance) >= REMEMBERED_MAX:
+            self._allowance.clear()
+        if left < 1 or h in self._due:
+            return h in self._due
+        self._allowance[h] = (left - 1, boot_ms)
+        return True
+
+    def _feed(self) -> None:
+        """Begin as many of the gathered flushes as the pace allows."""
+        with self._lock:
+            width = self._pace.width(boot_clock_ms())
+            while self._due and self._background < width and not self._stopping:
+                h = next(iter(self._due))
+                del self._due[h]
+                if h not in self._running:
                     self._running.add(h)
-                    self._pool.submit(self._run, h)
+                    self._background += 1
+                    self._pool.submit(self._run_background, h)
+
+    def _run_background(self, h: bytes) -> None:
+        try:
+            self._run(h)
+        finally:
+            with self._lock:
+                self._background -= 1
+            self._feed()
 
     def _run(self, h: bytes) -> None:
         while True:
             with self._lock:
-                waiting = self._waiting.pop(h, [])
-            release = any(wanted for wanted, _ in waiting)
+                waiting = self._wanted.pop(h, [])
+            urgent = any(wanted.unused_since_ms is None for wanted in waiting)
+            release = any(wanted.release and wanted.unused_since_ms is None for wanted in waiting)
+            unused_since_ms = None
+            if not release and any(wanted.release for wanted in waiting):
+                release = True
+                unused_since_ms = min(wanted.unused_since_ms or 0 for wanted in waiting if wanted.release)
             try:
-                outcome: Flushed | BaseException = self.flush(h, release)
+                outcome: Flushed | BaseException = self.flush(h, release, unused_since_ms, urgent)
                 self._not_before.pop(h, None)
                 self.last_error = ""
             except BaseException as error:  # whoever waits must hear of anything
                 outcome = error
                 self._note_failure(h, error)
-            for _, future in waiting:
-                if not future.set_running_or_notify_cancel():
+            for wanted in waiting:
+                if not wanted.future.set_running_or_notify_cancel():
                     continue
                 if isinstance(outcome, BaseException):
-                    future.set_exception(outcome)
+                    wanted.future.set_exception(outcome)
                 else:
-                    future.set_result(outcome)
+                    wanted.future.set_result(outcome)
             with self._lock:
-                if h not in self._waiting:
+                if h not in self._wanted:
                     self._running.discard(h)
                     return
 
     def _note_failure(self, h: bytes, error: BaseException) -> None:
         self.last_error = error.reason if isinstance(error, SessiondError) else type(error).__name__
+        if self.last_error in _STORE_REASONS:
+            self._pace.failed(boot_clock_ms())
+            return
         backoff_ms = min(BACKOFF_LAST_MS, 2 * self._not_before.get(h, (0, BACKOFF_FIRST_MS // 2))[1])
+        if len(self._not_before) >= REMEMBERED_MAX:
+            self._not_before.clear()
         self._not_before[h] = (boot_clock_ms() + backoff_ms, backoff_ms)
 
-    def flush(self, h: bytes, release: bool = False) -> Flushed:
+    def _note_commit(self) -> None:
+        self.commits += 1
+        if self._pace.succeeded(boot_clock_ms()):
+            self._wake.set()
+
+    def flush(
+        self, h: bytes, release: bool = False, unused_since_ms: int | None = None, urgent: bool = True
+    ) -> Flushed:
         """Commit this session's newest state to the cloud tier, and release it if asked. Blocks.
 
+        unused_since_ms: release only if nothing was appended after that time. urgent: somebody waits for it.
         Raises Unavailable, Denied, Corrupt HISTORY_DIVERGED; the session stays dirty then.
         """
         with self._hot.read() as transaction:
             head = log.read_head(transaction, h)
         if head is not None and head.phase == PHASE_DOUBTED:
             revalidate(self._hot, self._store, self._node, h)
+        if head is not None and head.lifecycle == LIFECYCLE_DELETED:
+            return self._delete(h)
         if not release:
-            return self._flush(h, False)
-        self._move(h, PHASE_OWNED, PHASE_RELEASING)
+            return self._flush(h, False, urgent)
+        if not self._move(h, PHASE_OWNED, PHASE_RELEASING, unused_since_ms):
+            return self._flush(h, False, urgent)
         try:
-            return self._flush(h, True)
+            return self._flush(h, True, urgent)
         except SessiondError as error:
             # While nobody knows whether the release landed, the row keeps appends out; otherwise it did not.
             if error.reason not in ("COMMIT_UNKNOWN", "EPOCH_FENCED"):
                 self._move(h, PHASE_RELEASING, PHASE_OWNED)
             raise
 
-    def _flush(self, h: bytes, release: bool) -> Flushed:
+    def _delete(self, h: bytes) -> Flushed:
+        """Commit a deletion that the rows ask for, then remove what it leaves behind. Again after any failure."""
+        flushed = self._flush(h, True, True)
+        with self._hot.read() as transaction:
+            head = log.read_head(transaction, h)
+            if head is None or head.lifecycle != LIFECYCLE_DELETED or head.phase != PHASE_RELEASED:
+                return flushed
+        # The tombstone is definite: what nobody can reach any more may go, in the cloud tier and then here.
+        remove_objects(self._store, self._bucket, h, head)
+        users = self._users_key(h, head)
+
+        def operation(transaction: Transaction) -> None:
+            found = log.read_head(transaction, h)
+            if found is not None and found.lifecycle == LIFECYCLE_DELETED and found.phase == PHASE_RELEASED:
+                log.drop_session(transaction, h, users)
+
+        self._hot.run_blocking(operation)
+        return flushed
+
+    def _flush(self, h: bytes, release: bool, urgent: bool) -> Flushed:
         sealed: list[list[Any]] = []
         while True:
             # A session that is written to without a pause would be sealed for ever: after some rounds what came in
@@ -231,25 +410,75 @@ class Flusher:
             if not cut.tail:
                 break
             sealed.append(self._put_segment(cut))
+        self._merge(cut.manifest, urgent)
         if len(cut.manifest.segments) > SEGMENT_ROWS_MAX:
             self._spill(cut.manifest)
+        if needs_row(cut.base, cut.manifest):
+            try:
+                put_expiry_row(self._store, self._bucket, cut.manifest)
+            except StoreError as error:
+                raise refusal(error) from error
         try:
             etag = put_settled(self._store, h, cut.manifest, cut.head.etag, self._wait)
         except Conflict as lost:
             return self._catch_up(h, cut, lost, release)
+        self._note_commit()
         self._settle(h, cut.manifest, etag, cut.head.changes, release)
+        if leaves_row(cut.base, cut.manifest):
+            day = day_of(cut.base.expires_ms)
+            with suppress(StoreError):  # the row is a hint: a sweep of its day finds that it is none any more
+                self._store.delete(self._bucket.expiry_key(cut.base.tenant, day, h))
+        self._delete_replaced(cut.manifest)
         return Flushed(cut.manifest.head, True, release)
 
-    def _move(self, h: bytes, before: int, after: int) -> None:
-        """Move a session from one phase to another, if it is in the first."""
+    def _merge(self, manifest: Manifest, urgent: bool) -> None:
+        """Put one large segment in the place of many small ones, if it is time for that."""
+        run = mergeable(manifest.segments)
+        if run is None or (urgent and run[1] - run[0] < MERGE_SEGMENTS_OVERDUE):
+            return
+        rows = manifest.segments[run[0] : run[1]]
+        try:
+            frames = b"".join(self._segments.frames(manifest, row) for row in rows)
+        except Corrupt as error:
+            # It stays as it is, for verify to explain; turns go on.
+            self.last_error = error.reason
+            return
+        key, body, row = seal(manifest, manifest.epoch, frames)
+        self._put_immutable(key, body)
+        now_ms = self._clock_ms()
+        gone = [[row_key(manifest, old), now_ms] for old in rows]
+        manifest.segments = [*manifest.segments[: run[0]], row, *manifest.segments[run[1] :]]
+        manifest.extra = {**manifest.extra, REPLACED_KEY: [*replaced(manifest), *gone]}
+        self.merges += 1
 
-        def operation(transaction: Transaction) -> None:
+    def _delete_replaced(self, manifest: Manifest) -> None:
+        """Delete what merges replaced a while ago. The commit just now proved that the session is still ours."""
+        now_ms = self._clock_ms()
+        for name, at_ms in replaced(manifest):
+            if now_ms - at_ms >= REPLACED_KEPT_MS and name not in self._deleted_names:
+                try:
+                    self._store.delete(name)
+                except StoreError:
+                    return
+                if len(self._deleted_names) >= REMEMBERED_MAX:
+                    self._deleted_names.clear()
+                self._deleted_names.add(name)
+
+    def _move(self, h: bytes, before: int, after: int, unused_since_ms: int | None = None) -> bool:
+        """Move a session from one phase to another, if it is in the first; whether it is in the second now."""
+
+        def operation(transaction: Transaction) -> bool:
             head = log.read_head(transaction, h)
-            if head is not None and head.phase == before:
+            if head is None:
+                return False
+            if head.phase == before:
+                if unused_since_ms is not None and head.used_ms > unused_since_ms:
+                    return False
                 head.phase = after
                 log.write_head(transaction, h, head, self._clock_ms())
+            return head.phase == after
 
-        self._hot.run_blocking(operation)
+        return self._hot.run_blocking(operation)
 
     def _look(self, h: bytes, sealed: list[list[Any]], release: bool, inline_max: int) -> _Cut | Flushed:
         with self._hot.read() as transaction:
@@ -263,6 +492,11 @@ class Flusher:
             if value is None:
                 raise Corrupt("CORRUPT_HOT_ROW", f"Session {h.hex()} has a head row and no manifest row.")
             base = decode_committed(h, value)
+            if head.lifecycle == LIFECYCLE_DELETED:
+                stone = tombstone(replace(base, mutation=head.mutation + 1, write_id=os.urandom(8), head=head.head_seq))
+                stone.epochs = [*base.epochs[:-1], [*base.epochs[-1][:3], stone.mutation]]
+                stone.written_ms = self._clock_ms()
+                return _Cut(head, base, stone, b"", head.head_seq)
             segments = [*base.segments, *sealed]
             first_unsealed = (segments[-1][2] if segments else base.sealed_seq) + 1
             tail, tail_last = b"", first_unsealed - 1
@@ -320,34 +554,20 @@ class Flusher:
             expires_ms=head.expires_ms,
             written_ms=self._clock_ms(),
             payload=kept_frames + inline,
+            extra=self._without_deleted(base),
         )
+
+    def _without_deleted(self, base: Manifest) -> dict[str, Any]:
+        """What else the manifest carries, without the names of objects that are gone."""
+        left = [row for row in replaced(base) if row[0] not in self._deleted_names]
+        rest = {key: value for key, value in base.extra.items() if key != REPLACED_KEY}
+        return {**rest, REPLACED_KEY: left} if left else rest
 
     def _put_segment(self, cut: _Cut) -> list[Any]:
         """Seal the tail into one immutable object and return its row."""
-        head, base = cut.head, cut.base
-        headers = core.scan_frames(base.h, cut.tail)
-        first, last = headers[0], headers[-1]
-        marks = [
-            [header.seq, header.offset, *header.cumulative]
-            for before, header in pairwise(headers)
-            if before.offset // envelope.CHUNK_BYTES != header.offset // envelope.CHUNK_BYTES
-        ]
-        meta = {
-            "v": 1,
-            "tenant": head.tenant,
-            "session": head.session,
-            "user": head.user,
-            "h": base.h,
-            "epoch": head.epoch,
-            "first": first.seq,
-            "last": last.seq,
-            "chain": last.chain,
-            "marks": marks,
-        }
-        body = envelope.seal(envelope.KIND_SEGMENT, meta, cut.tail)
-        sha256 = hashlib.sha256(body).digest()
-        self._put_immutable(segment_key(base.h, head.epoch, first.seq, sha256), body)
-        return [head.epoch, first.seq, last.seq, sha256, len(body), *last.cumulative, b"", b"", last.chain]
+        key, body, row = seal(cut.base, cut.head.epoch, cut.tail)
+        self._put_immutable(key, body)
+        return row
 
     def _put_immutable(self, key: str, body: bytes) -> None:
         # The name carries the content's hash, so writing it twice is writing it once.
@@ -370,6 +590,9 @@ class Flusher:
         body = envelope.seal(envelope.KIND_SEGMENT_INDEX, meta)
         name = segment_index_key(manifest.h, manifest.mutation, hashlib.sha256(body).digest())
         self._put_immutable(name, body)
+        if manifest.index is not None:
+            before = [[manifest.index[0], self._clock_ms()]]
+            manifest.extra = {**manifest.extra, REPLACED_KEY: [*replaced(manifest), *before]}
         manifest.index = [name, moved[0][1], moved[-1][2], len(moved)]
         manifest.segments = kept
 
@@ -412,9 +635,9 @@ class Flusher:
                 )
             # A crash came between the store's answer and our row: take the answer now, then flush the rest.
             self._settle(h, theirs, found.etag, cut.head.changes_flushed, theirs.owner is None)
-            return self._flush(h, release)
+            return self._flush(h, release, True)
         if theirs.epoch > head.epoch:
-            self._fence(h)
+            self._fence(h, theirs.lifecycle == LIFECYCLE_DELETED)
             raise Unavailable(
                 "EPOCH_FENCED",
                 f"Session {head.session!r} was taken over under epoch {theirs.epoch}.",
@@ -438,12 +661,22 @@ class Flusher:
             return theirs.head <= head.cloud_seq  # below the hot rows there is only what was read from the cloud tier
         return header.chain == chain
 
-    def _fence(self, h: bytes) -> None:
+    def _fence(self, h: bytes, deleted: bool = False) -> None:
+        """Give up a session that is another's now. deleted: it was deleted there, and so its rows go here."""
+
         def operation(transaction: Transaction) -> None:
             head = log.read_head(transaction, h)
-            if head is not None and head.phase in (PHASE_OWNED, PHASE_RELEASING):
-                head.phase = PHASE_FENCED
-                log.write_head(transaction, h, head, self._clock_ms())
-                transaction.delete("dirty", h)
+            if head is None or head.phase not in (PHASE_OWNED, PHASE_RELEASING):
+                return
+            if deleted:
+                log.mark_deleted(transaction, h, head, self._clock_ms())
+                return
+            head.phase = PHASE_FENCED
+            log.write_head(transaction, h, head, self._clock_ms())
+            transaction.delete("dirty", h)
 
         self._hot.run_blocking(operation)
+
+    def _users_key(self, h: bytes, head: Head) -> bytes:
+        bucket = self._bucket
+        return user_key(bucket.tenant_hash(head.tenant), bucket.user_hash(head.tenant, head.user), head.created_ms, h)

@@ -20,8 +20,15 @@ from sessiond import core
 from sessiond.core import envelope
 from sessiond.core import manifest as manifests
 from sessiond.core import state as states
+from sessiond.core.expiry import expires_ms
 from sessiond.core.layout import Header
-from sessiond.core.manifest import EPOCH_ROWS_MAX, LIFECYCLE_ACTIVE, LOSS_ROWS_MAX, Manifest
+from sessiond.core.manifest import (
+    EPOCH_ROWS_MAX,
+    LIFECYCLE_ACTIVE,
+    LIFECYCLE_DELETED,
+    LOSS_ROWS_MAX,
+    Manifest,
+)
 from sessiond.errors import Conflict, Corrupt, SessiondError, Unavailable
 from sessiond.tiers.cloud.bucket import Bucket, manifest_key, orphan_key, refusal, segment_key
 from sessiond.tiers.cloud.store import (
@@ -47,6 +54,7 @@ from sessiond.tiers.hot.rows import (
     user_key,
     wrap,
 )
+from sessiond.tiers.retire import put_expiry_row
 
 # Same bytes are sent again this often before an outcome is reported unknown.
 ATTEMPTS_MAX = 4
@@ -263,7 +271,7 @@ def first_manifest(
         inline_first=1,
         loss=[],
         lifecycle=LIFECYCLE_ACTIVE,
-        expires_ms=0,
+        expires_ms=expires_ms(policy, int(birth["created_ms"]), 0),
         written_ms=now_ms,
     )
 
@@ -304,7 +312,7 @@ class Claims:
 
         if not self._hot.run_blocking(remember):
             return False
-        index = self._pool.submit(self._put_user_index, manifest)
+        index = self._pool.submit(self._put_index_rows, manifest)
         try:
             try:
                 etag = put_settled(self._store, h, manifest, None, self._wait)
@@ -319,7 +327,7 @@ class Claims:
                 # Our own earlier attempt, whose answer was lost; what it wrote is what counts, and may lack its index.
                 manifest, etag = found.manifest, found.etag
                 try:
-                    self._put_user_index(manifest)
+                    self._put_index_rows(manifest)
                 except StoreError as error:
                     raise refusal(error) from error
         finally:
@@ -355,9 +363,19 @@ class Claims:
             "created_ms": created_ms,
         }
         body = envelope.seal(envelope.KIND_USER_INDEX, meta)
+        self._put_settled(lambda: self._store.put(key, body))
+
+    def _put_index_rows(self, manifest: Manifest) -> None:
+        """The rows that name a new session: by its user, and by the day on which it expires."""
+        self._put_user_index(manifest)
+        if manifest.expires_ms:
+            self._put_settled(lambda: put_expiry_row(self._store, self._bucket, manifest))
+
+    def _put_settled(self, put: Callable[[], object]) -> None:
+        """Send the same bytes again while nobody can tell whether they landed."""
         for attempt in range(ATTEMPTS_MAX):
             try:
-                self._store.put(key, body)
+                put()
                 return
             except Ambiguous:
                 if attempt == ATTEMPTS_MAX - 1:
@@ -478,13 +496,23 @@ class Claims:
         if manifest.epoch != claimed_epoch(head) or head.phase != PHASE_CLAIMING:
             return False
         if head.claim is None:
-            # A creation: its row in the index by user may be missing still.
+            # A creation: its rows in the indexes may be missing still.
             try:
-                self._put_user_index(manifest)
+                self._put_index_rows(manifest)
             except StoreError as error:
                 raise refusal(error) from error
         self._settle(manifest, cold.etag)
         return True
+
+    def note_deleted(self, h: bytes) -> None:
+        """The cloud tier has a tombstone of this session: what this node still holds of it goes, too."""
+
+        def operation(transaction: Transaction) -> None:
+            head = log.read_head(transaction, h)
+            if head is not None and head.lifecycle != LIFECYCLE_DELETED:
+                log.mark_deleted(transaction, h, head, head.used_ms)
+
+        self._hot.run_blocking(operation)
 
     def _forget(self, h: bytes) -> None:
         """Drop a claim that was lost, and the rows behind it: the cloud tier has the truth."""
@@ -511,6 +539,9 @@ def revalidate(hot: Environment, store: ObjectStore, node: Node, h: bytes) -> No
         if head is None or head.phase != PHASE_DOUBTED:
             return
         manifest = cold.manifest if cold else None
+        if manifest is not None and manifest.lifecycle == LIFECYCLE_DELETED:
+            log.mark_deleted(transaction, h, head, manifest.written_ms)
+            return
         ours = manifest is not None and manifest.epoch == head.epoch and manifest.epochs[-1][1] == node.incarnation
         if ours and manifest is not None and manifest.owner is not None:
             head.phase = PHASE_OWNED

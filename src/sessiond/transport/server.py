@@ -30,6 +30,9 @@ log = structlog.get_logger("sessiond.transport")
 TRANSPORT_BYTES_MAX: Final = 64 * 1024**2
 LIVENESS: Final = "liveness"
 READINESS: Final = "readiness"
+# Not a reason to send calls elsewhere: sessions that the node owns are served without it.
+CLOUD_TIER: Final = "cloud"
+HEALTH_PERIOD_S: Final = 0.5
 SERVICES: Final = (
     session_pb2.DESCRIPTOR.services_by_name["SessionService"],
     state_pb2.DESCRIPTOR.services_by_name["StateService"],
@@ -59,6 +62,7 @@ class Server:
         self._health = HealthServicer()
         self._unary: dict[str, tuple[type[Message], Unary]] = {}
         self._node: Node | None = None
+        self._watch: asyncio.Task[None] | None = None
         self.shut_down = asyncio.Event()
         self._server = grpc.aio.server(
             options=[
@@ -108,12 +112,14 @@ class Server:
             "GetSession": _message(session_pb2.GetSessionRequest, sessions.get),
             "ListSessions": _message(session_pb2.ListSessionsRequest, sessions.list_sessions),
             "UpdateSession": _message(session_pb2.UpdateSessionRequest, sessions.update),
+            "DeleteSession": _message(session_pb2.DeleteSessionRequest, sessions.delete),
             "ListCheckpoints": _message(session_pb2.ListCheckpointsRequest, sessions.list_checkpoints),
             "ResumeSession": (session_pb2.ResumeSessionRequest, _resume(sessions)),
             "AppendTurn": (session_pb2.AppendTurnRequest, _append(sessions)),
             "ListTurns": (session_pb2.ListTurnsRequest, _list_turns(sessions)),
             "GetStatus": (admin_pb2.GetStatusRequest, lambda _caller, _request: node.status()),
             "Flush": _message(admin_pb2.FlushRequest, node.flush),
+            "Release": _message(admin_pb2.ReleaseRequest, node.release),
         }
         node.on_phase = self._schedule_health
 
@@ -206,7 +212,18 @@ class Server:
     async def start(self) -> None:
         """Begin answering. Health says NOT_SERVING until the node serves."""
         await self._set_health()
+        self._watch = asyncio.create_task(self._watch_cloud())
         await self._server.start()
+
+    async def _watch_cloud(self) -> None:
+        """Tell health whenever the cloud tier stops answering, or answers again."""
+        answers: bool | None = None
+        while self._node is not None:
+            if self._node.cloud_answers != answers:
+                answers = self._node.cloud_answers
+                up, down = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+                await self._health.set(CLOUD_TIER, up if answers else down)
+            await asyncio.sleep(HEALTH_PERIOD_S)
 
     def _schedule_health(self) -> None:
         task = asyncio.ensure_future(self._set_health())
@@ -221,6 +238,8 @@ class Server:
 
     async def stop(self, grace_s: float) -> None:
         """Stop taking calls; those under way have the grace."""
+        if self._watch is not None:
+            self._watch.cancel()
         await self._server.stop(grace_s)
 
 

@@ -25,7 +25,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("version", "node", "incarnation", "phase", "started_at_unix_ms", "compiled_core", "hot", "cloud", "calls", "rungs", "group_commit", "resident_bytes")
+    __slots__ = ("version", "node", "incarnation", "phase", "started_at_unix_ms", "compiled_core", "hot", "cloud", "calls", "rungs", "group_commit", "resident_bytes", "turns_appended", "flush", "upkeep")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
@@ -38,6 +38,9 @@ class GetStatusResponse(_message.Message):
     RUNGS_FIELD_NUMBER: _ClassVar[int]
     GROUP_COMMIT_FIELD_NUMBER: _ClassVar[int]
     RESIDENT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TURNS_APPENDED_FIELD_NUMBER: _ClassVar[int]
+    FLUSH_FIELD_NUMBER: _ClassVar[int]
+    UPKEEP_FIELD_NUMBER: _ClassVar[int]
     version: str
     node: str
     incarnation: bytes
@@ -50,7 +53,42 @@ class GetStatusResponse(_message.Message):
     rungs: _containers.RepeatedCompositeFieldContainer[RungCount]
     group_commit: GroupCommitStatus
     resident_bytes: int
-    def __init__(self, version: _Optional[str] = ..., node: _Optional[str] = ..., incarnation: _Optional[bytes] = ..., phase: _Optional[_Union[NodePhase, str]] = ..., started_at_unix_ms: _Optional[int] = ..., compiled_core: _Optional[bool] = ..., hot: _Optional[_Union[HotTierStatus, _Mapping]] = ..., cloud: _Optional[_Union[CloudTierStatus, _Mapping]] = ..., calls: _Optional[_Iterable[_Union[CallCount, _Mapping]]] = ..., rungs: _Optional[_Iterable[_Union[RungCount, _Mapping]]] = ..., group_commit: _Optional[_Union[GroupCommitStatus, _Mapping]] = ..., resident_bytes: _Optional[int] = ...) -> None: ...
+    turns_appended: int
+    flush: FlushStatus
+    upkeep: UpkeepStatus
+    def __init__(self, version: _Optional[str] = ..., node: _Optional[str] = ..., incarnation: _Optional[bytes] = ..., phase: _Optional[_Union[NodePhase, str]] = ..., started_at_unix_ms: _Optional[int] = ..., compiled_core: _Optional[bool] = ..., hot: _Optional[_Union[HotTierStatus, _Mapping]] = ..., cloud: _Optional[_Union[CloudTierStatus, _Mapping]] = ..., calls: _Optional[_Iterable[_Union[CallCount, _Mapping]]] = ..., rungs: _Optional[_Iterable[_Union[RungCount, _Mapping]]] = ..., group_commit: _Optional[_Union[GroupCommitStatus, _Mapping]] = ..., resident_bytes: _Optional[int] = ..., turns_appended: _Optional[int] = ..., flush: _Optional[_Union[FlushStatus, _Mapping]] = ..., upkeep: _Optional[_Union[UpkeepStatus, _Mapping]] = ...) -> None: ...
+
+class FlushStatus(_message.Message):
+    __slots__ = ("in_flight", "width", "failing_ms", "last_error", "commits", "merges")
+    IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    FAILING_MS_FIELD_NUMBER: _ClassVar[int]
+    LAST_ERROR_FIELD_NUMBER: _ClassVar[int]
+    COMMITS_FIELD_NUMBER: _ClassVar[int]
+    MERGES_FIELD_NUMBER: _ClassVar[int]
+    in_flight: int
+    width: int
+    failing_ms: int
+    last_error: str
+    commits: int
+    merges: int
+    def __init__(self, in_flight: _Optional[int] = ..., width: _Optional[int] = ..., failing_ms: _Optional[int] = ..., last_error: _Optional[str] = ..., commits: _Optional[int] = ..., merges: _Optional[int] = ...) -> None: ...
+
+class UpkeepStatus(_message.Message):
+    __slots__ = ("released_sessions", "evicted_sessions", "archived_sessions", "deleted_sessions", "clock_ahead_ms", "last_error")
+    RELEASED_SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    EVICTED_SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    ARCHIVED_SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    DELETED_SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    CLOCK_AHEAD_MS_FIELD_NUMBER: _ClassVar[int]
+    LAST_ERROR_FIELD_NUMBER: _ClassVar[int]
+    released_sessions: int
+    evicted_sessions: int
+    archived_sessions: int
+    deleted_sessions: int
+    clock_ahead_ms: int
+    last_error: str
+    def __init__(self, released_sessions: _Optional[int] = ..., evicted_sessions: _Optional[int] = ..., archived_sessions: _Optional[int] = ..., deleted_sessions: _Optional[int] = ..., clock_ahead_ms: _Optional[int] = ..., last_error: _Optional[str] = ...) -> None: ...
 
 class HotTierStatus(_message.Message):
     __slots__ = ("sessions", "map_used_bytes", "map_size_bytes", "dirty_sessions", "oldest_dirty_ms", "path", "readers")
@@ -71,20 +109,32 @@ class HotTierStatus(_message.Message):
     def __init__(self, sessions: _Optional[int] = ..., map_used_bytes: _Optional[int] = ..., map_size_bytes: _Optional[int] = ..., dirty_sessions: _Optional[int] = ..., oldest_dirty_ms: _Optional[int] = ..., path: _Optional[str] = ..., readers: _Optional[int] = ...) -> None: ...
 
 class CloudTierStatus(_message.Message):
-    __slots__ = ("url", "store_id", "reachable", "last_error", "lease_valid", "requests")
+    __slots__ = ("url", "store_id", "reachable", "last_error", "lease_valid", "requests", "objects")
     URL_FIELD_NUMBER: _ClassVar[int]
     STORE_ID_FIELD_NUMBER: _ClassVar[int]
     REACHABLE_FIELD_NUMBER: _ClassVar[int]
     LAST_ERROR_FIELD_NUMBER: _ClassVar[int]
     LEASE_VALID_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    OBJECTS_FIELD_NUMBER: _ClassVar[int]
     url: str
     store_id: bytes
     reachable: bool
     last_error: str
     lease_valid: bool
     requests: _containers.RepeatedCompositeFieldContainer[StoreRequestCount]
-    def __init__(self, url: _Optional[str] = ..., store_id: _Optional[bytes] = ..., reachable: _Optional[bool] = ..., last_error: _Optional[str] = ..., lease_valid: _Optional[bool] = ..., requests: _Optional[_Iterable[_Union[StoreRequestCount, _Mapping]]] = ...) -> None: ...
+    objects: _containers.RepeatedCompositeFieldContainer[StoreObjectCount]
+    def __init__(self, url: _Optional[str] = ..., store_id: _Optional[bytes] = ..., reachable: _Optional[bool] = ..., last_error: _Optional[str] = ..., lease_valid: _Optional[bool] = ..., requests: _Optional[_Iterable[_Union[StoreRequestCount, _Mapping]]] = ..., objects: _Optional[_Iterable[_Union[StoreObjectCount, _Mapping]]] = ...) -> None: ...
+
+class StoreObjectCount(_message.Message):
+    __slots__ = ("kind", "object", "count")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    OBJECT_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    kind: str
+    object: str
+    count: int
+    def __init__(self, kind: _Optional[str] = ..., object: _Optional[str] = ..., count: _Optional[int] = ...) -> None: ...
 
 class StoreRequestCount(_message.Message):
     __slots__ = ("kind", "outcome", "count", "bytes")

@@ -52,6 +52,10 @@ class Bucket:
         """Key of a session's row in the index by user; ascending by creation within a user."""
         return f"{self.user_prefix(tenant, user)}{created_ms:012x}-{h.hex()}"
 
+    def expiry_key(self, tenant: str, day: int, h: bytes) -> str:
+        """Key of the row that says that a session expires on a day, counted from 1970."""
+        return f"x/{self.tenant_hash(tenant).hex()}/{day:08x}/{h.hex()}"
+
 
 def manifest_key(h: bytes) -> str:
     """Key of a session's manifest."""

@@ -6,6 +6,7 @@ It never changes a request, a reply or an error.
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -31,6 +32,17 @@ OUTCOMES: dict[type[StoreError], str] = {
     StoreDenied: "denied",
     BucketMissing: "bucket_missing",
 }
+# What an object is by the first part of its key.
+OBJECTS = {
+    "m": "manifest",
+    "s": "segment",
+    "o": "orphan",
+    "u": "user_index",
+    "x": "expiry",
+    "n": "lease",
+    "bucket.json": "bucket",
+    "probe": "probe",
+}
 # The store is there and does its work: it had the object, or said definitely how things stand with it.
 _ANSWERS = (OK, "not_found", "lost")
 
@@ -53,6 +65,7 @@ class CountingStore(ObjectStore):
         self._store = store
         self._lock = threading.Lock()
         self._counts: dict[tuple[str, str], tuple[int, int]] = {}
+        self._objects: Counter[tuple[str, str]] = Counter()
         self._begun = 0
         self._newest = 0
         self._reachable = True
@@ -74,31 +87,36 @@ class CountingStore(ObjectStore):
         with self._lock:
             return [(*name, *figures) for name, figures in sorted(self._counts.items())]
 
+    def objects(self) -> list[tuple[str, str, int]]:
+        """Rows of (kind, what the object is, requests) since the start, ordered by kind and object."""
+        with self._lock:
+            return [(*name, count) for name, count in sorted(self._objects.items())]
+
     def get(self, key: str, first_byte: int | None = None, last_byte: int | None = None) -> Stored:
         """Counted as `get`."""
-        with self._counted("get") as request:
+        with self._counted("get", key) as request:
             stored = self._store.get(key, first_byte, last_byte)
             request.transferred_bytes = len(stored.body)
             return stored
 
     def put(self, key: str, body: bytes, *, if_absent: bool = False, if_match: str | None = None) -> str:
         """Counted as `put`."""
-        with self._counted("put") as request:
+        with self._counted("put", key) as request:
             request.transferred_bytes = len(body)
             return self._store.put(key, body, if_absent=if_absent, if_match=if_match)
 
     def delete(self, key: str) -> None:
         """Counted as `delete`."""
-        with self._counted("delete"):
+        with self._counted("delete", key):
             self._store.delete(key)
 
     def list(self, prefix: str, start_after: str = "", limit: int = 1000) -> Iterator[Listed]:
         """Counted as `list`."""
         rows = self._store.list(prefix, start_after, limit)
-        return self._counted_rows(rows)
+        return self._counted_rows(rows, prefix)
 
-    def _counted_rows(self, rows: Iterator[Listed]) -> Iterator[Listed]:
-        with self._counted("list"):
+    def _counted_rows(self, rows: Iterator[Listed], prefix: str) -> Iterator[Listed]:
+        with self._counted("list", prefix):
             yield from rows
 
     def close(self) -> None:
@@ -106,9 +124,10 @@ class CountingStore(ObjectStore):
         self._store.close()
 
     @contextmanager
-    def _counted(self, kind: str) -> Iterator[_Request]:
+    def _counted(self, kind: str, key: str) -> Iterator[_Request]:
         with self._lock:
             self._begun += 1
+            self._objects[kind, OBJECTS.get(key.split("/", 1)[0], "other")] += 1
             request = _Request(self._begun)
         try:
             yield request

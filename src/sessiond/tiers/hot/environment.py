@@ -15,7 +15,8 @@ Tables (keys are bytes; h is a session's 16-byte hash; integers in keys are big-
     manifests    h                          -> the manifest as last committed, without payload, state and turn ids
     users        tenant (16), user (16),
                  created ms (8), h          -> session id: the sessions of a user by age
-    dirty        h                          -> when the session got turns that the cloud tier lacks, ms (8)
+    dirty        h                          -> when the session got turns that the cloud tier lacks, ms (8); then 1 if
+                                               its newest exchange waits for an answer
 
 Every value starts with CRC32C(h, table name, rest) in 4 bytes, but turns, whose frames carry their own; dirty, which
 only says when to look; format and store, which are compared as a whole. Incarnation is checked with an empty h.

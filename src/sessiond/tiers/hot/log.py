@@ -15,6 +15,7 @@ import msgpack
 from sessiond import core
 from sessiond.core import rules
 from sessiond.core import state as states
+from sessiond.core.expiry import expires_ms, lifecycle_at
 from sessiond.core.layout import (
     BODY_DERIVED,
     CHAIN_OFFSET,
@@ -22,19 +23,28 @@ from sessiond.core.layout import (
     ENCODING_SLOTS,
     FLAG_BOUNDARY,
     KIND_MESSAGE,
+    KIND_MILESTONE,
     KIND_REWIND,
     KIND_STATE,
     KIND_SUMMARY,
+    ROLE_ASSISTANT,
     ROW_BYTES_MAX,
     Header,
 )
-from sessiond.core.manifest import CHECKPOINTS_MAX, LIFECYCLE_ACTIVE, TURN_ID_ENTRY_BYTES, TURN_IDS_MAX
+from sessiond.core.manifest import (
+    CHECKPOINTS_MAX,
+    LIFECYCLE_ACTIVE,
+    LIFECYCLE_DELETED,
+    TURN_ID_ENTRY_BYTES,
+    TURN_IDS_MAX,
+)
 from sessiond.errors import Conflict, Corrupt, Denied, Exhausted, Invalid, NotFound, SessiondError, Unavailable
 from sessiond.tiers.hot.environment import Transaction
 from sessiond.tiers.hot.rows import (
     IDS_PER_CHUNK,
     PHASE_DOUBTED,
     PHASE_OWNED,
+    PHASE_RELEASED,
     PHASE_RELEASING,
     Head,
     chunk_key,
@@ -119,13 +129,30 @@ def read_head(transaction: Transaction, h: bytes) -> Head | None:
     return None if value is None else decode_head(h, value)
 
 
-def write_head(transaction: Transaction, h: bytes, head: Head, now_ms: int) -> None:
-    """Write the head row and keep the dirty table in step with it."""
+def write_head(transaction: Transaction, h: bytes, head: Head, now_ms: int, waiting: bool | None = None) -> None:
+    """Write the head row and keep the dirty table in step with it.
+
+    waiting: whether the newest exchange has no final answer yet; None where this write does not tell.
+    """
     transaction.put("heads", h, encode_head(h, head))
     if not head.is_dirty:
         transaction.delete("dirty", h)
-    elif transaction.get("dirty", h) is None:
-        transaction.put("dirty", h, now_ms.to_bytes(8, "big"))
+        return
+    known = transaction.get("dirty", h)
+    if known is None:
+        transaction.put("dirty", h, encode_dirty(now_ms, bool(waiting)))
+    elif waiting is not None and decode_dirty(known)[1] != waiting:
+        transaction.put("dirty", h, encode_dirty(decode_dirty(known)[0], waiting))
+
+
+def encode_dirty(since_ms: int, waiting: bool) -> bytes:
+    """A row of the dirty table: since when the cloud tier lacks something, and whether an answer is still to come."""
+    return since_ms.to_bytes(8, "big") + (b"\1" if waiting else b"")
+
+
+def decode_dirty(value: bytes | memoryview) -> tuple[int, bool]:
+    """(since ms, waiting) of a row of the dirty table."""
+    return int.from_bytes(value[:8], "big"), len(value) > 8
 
 
 def row_for(transaction: Transaction, h: bytes, seq: int) -> tuple[int, Any] | None:
@@ -255,13 +282,23 @@ def state_at(transaction: Transaction, h: bytes, seq: int, birth_metadata: dict[
     return state
 
 
-def check_writable(head: Head | None, session: str) -> Head:
-    """The head, if this node may append to it. Raises NotFound, Unavailable, Denied."""
+def deleted(session: str) -> NotFound:
+    """The refusal of everything that names a deleted session."""
+    return NotFound("SESSION_DELETED", f"Session {session!r} was deleted.", {"session_id": session})
+
+
+def check_writable(head: Head | None, session: str, expiry_ms: int) -> Head:
+    """The head, if this node may append to it. expiry_ms: what expiry is judged by. Raises NotFound, Unavailable,
+    Denied.
+    """
     if head is None:
         raise NotFound("SESSION_NOT_FOUND", f"There is no session {session!r}.", {"session_id": session})
     if head.phase != PHASE_OWNED:
         raise Unavailable("NOT_OWNER", f"This node does not own session {session!r} now.", {"session_id": session})
-    if head.lifecycle != LIFECYCLE_ACTIVE:
+    lifecycle = lifecycle_at(head.lifecycle, head.policy, head.expires_ms, expiry_ms)
+    if lifecycle == LIFECYCLE_DELETED:
+        raise deleted(session)
+    if lifecycle != LIFECYCLE_ACTIVE:
         raise Denied("SESSION_ARCHIVED", f"Session {session!r} is archived.", {"session_id": session})
     return head
 
@@ -274,15 +311,17 @@ def append(
     expected: tuple[int, int] | None,
     state_etag: tuple[int, int] | None,
     now_ms: int,
+    expiry_ms: int,
     birth_metadata: Callable[[], dict[str, str]],
 ) -> Appended:
     """Append turns of one session, all or none, inside a write transaction.
 
     expected: (epoch or 0, seq) of the head that the caller believes in. state_etag: place of the last state turn.
+    now_ms: what turns are dated by. expiry_ms: what expiry is judged by.
     Raises NotFound, Unavailable NOT_OWNER, Conflict (TURN_ID_REUSED, EXPECTED_MISMATCH, STATE_ETAG_MISMATCH), Invalid,
     Exhausted PINS_FULL, HistoryNeeded, Corrupt; nothing is written then.
     """
-    head = check_writable(read_head(transaction, h), session)
+    head = check_writable(read_head(transaction, h), session, expiry_ms)
     entries = turn_ids(transaction, h)
     placed: list[Placed | None] = []
     fresh: list[PreparedTurn] = []
@@ -359,6 +398,7 @@ class _Sealed:
         self.placed: list[Placed] = []
         self.frames: list[bytes] = []
         self.boundaries: list[tuple[int, bytes]] = []
+        self.waiting: bool | None = None
 
     def add(self, turn: PreparedTurn) -> None:
         """Seal one turn after the ones before it. Raises Invalid, Exhausted, HistoryNeeded."""
@@ -418,6 +458,11 @@ class _Sealed:
         self.placed.append(Placed(turn.turn_id, self.head.epoch, seq, self.time_ms, turn.tokens, False, chain))
         if flags & FLAG_BOUNDARY:
             self.boundaries.append((self.head.epoch << 32 | seq, self.state))
+        if live:
+            answered = turn.role == ROLE_ASSISTANT and flags & FLAG_BOUNDARY and not self.places[16]
+            self.waiting = not answered
+        elif turn.kind == KIND_MILESTONE:
+            self.waiting = False
         if turn.policy is not None:
             self.head.policy = turn.policy
             self.head.changes += 1
@@ -486,8 +531,10 @@ class _Sealed:
         append_ids(transaction, h, first_seq, entries)
         head.head_seq += len(self.frames)
         head.state = self.state
+        head.used_ms = self.time_ms
+        head.expires_ms = expires_ms(head.policy, head.created_ms, self.time_ms)
         write_checkpoints(transaction, h, self.boundaries)
-        write_head(transaction, h, head, self.time_ms)
+        write_head(transaction, h, head, self.time_ms, self.waiting)
 
 
 def append_rows(transaction: Transaction, h: bytes, head: Head, first_seq: int, frames: Sequence[bytes]) -> None:
@@ -647,3 +694,17 @@ def drop_rows(transaction: Transaction, h: bytes) -> None:
     for table in ("turns", "ids", "checkpoints", "manifests"):
         for key in [key for key, _ in transaction.scan(table, h)]:
             transaction.delete(table, key)
+
+
+def mark_deleted(transaction: Transaction, h: bytes, head: Head, now_ms: int) -> None:
+    """Note that a session is deleted in the cloud tier for good; the flusher removes what is left of it."""
+    head.lifecycle, head.phase, head.claim = LIFECYCLE_DELETED, PHASE_RELEASED, None
+    write_head(transaction, h, head, now_ms)
+
+
+def drop_session(transaction: Transaction, h: bytes, users_key: bytes) -> None:
+    """Remove every row of a session, its head, and its place among its user's sessions."""
+    drop_rows(transaction, h)
+    transaction.delete("heads", h)
+    transaction.delete("dirty", h)
+    transaction.delete("users", users_key)

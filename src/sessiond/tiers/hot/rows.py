@@ -8,7 +8,7 @@ import msgpack
 import msgspec
 
 from sessiond import core
-from sessiond.core.manifest import LIFECYCLE_ACTIVE, Manifest, decode_meta, encode_meta
+from sessiond.core.manifest import LIFECYCLE_ACTIVE, LIFECYCLE_DELETED, Manifest, decode_meta, encode_meta
 from sessiond.errors import Corrupt
 
 PHASE_CLAIMING: Final = 1
@@ -52,11 +52,14 @@ class Head(msgspec.Struct, array_like=True):
     changes_flushed: int
     created_ms: int
     claim: list[Any] | None = None
+    # When the newest turn came, or the rows were hydrated: what idle release and eviction go by.
+    used_ms: int = 0
 
     @property
     def is_dirty(self) -> bool:
-        """Whether the cloud tier lacks something of this session."""
-        return self.head_seq > self.cloud_seq or self.changes > self.changes_flushed
+        """Whether the cloud tier lacks something of this session, or has something that a deletion must remove."""
+        unflushed = self.head_seq > self.cloud_seq or self.changes > self.changes_flushed
+        return unflushed or self.lifecycle == LIFECYCLE_DELETED
 
     @property
     def min_durability(self) -> int:
@@ -144,6 +147,7 @@ def head_from_manifest(manifest: Manifest, etag: str, epoch: int, phase: int) ->
         changes=0,
         changes_flushed=0,
         created_ms=int(manifest.birth.get("created_ms", 0)),
+        used_ms=manifest.written_ms,
     )
 
 

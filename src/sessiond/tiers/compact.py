@@ -1,0 +1,84 @@
+"""Segments: sealing turns into one, and merging many small ones into one large one.
+
+It promises that a merged segment holds the very frames of those that it replaces. It never deletes: what was replaced
+stays readable for as long as somebody may hold the manifest that names it, and `flush` removes it after that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from itertools import pairwise
+from typing import Any, Final
+
+from sessiond import core
+from sessiond.core import envelope
+from sessiond.core.layout import SEGMENT_BYTES_MAX
+from sessiond.core.manifest import Manifest
+from sessiond.tiers.cloud.bucket import segment_key
+
+# A segment below this is small. A tail is sealed from 64 KiB on, so that most are.
+SMALL_BYTES_MAX: Final = 1024**2
+# So many small neighbours are merged when a flush has the time, and so many in any case.
+MERGE_SEGMENTS_MIN: Final = 32
+MERGE_SEGMENTS_OVERDUE: Final = 64
+# What a merge replaced is deleted so long after it: no reader holds a manifest for as long as this.
+REPLACED_KEPT_MS: Final = 10 * 60 * 1000
+# The manifest's key, unknown to older writers, which carry it along: rows [name, replaced at ms].
+REPLACED_KEY: Final = "replaced"
+
+
+def seal(whose: Manifest, epoch: int, frames: bytes) -> tuple[str, bytes, list[Any]]:
+    """(key, object bytes, manifest row) of a segment with these frames, written under this epoch. Raises Corrupt."""
+    headers = core.scan_frames(whose.h, frames)
+    first, last = headers[0], headers[-1]
+    marks = [
+        [header.seq, header.offset, *header.cumulative]
+        for before, header in pairwise(headers)
+        if before.offset // envelope.CHUNK_BYTES != header.offset // envelope.CHUNK_BYTES
+    ]
+    meta = {
+        "v": 1,
+        "tenant": whose.tenant,
+        "session": whose.session,
+        "user": whose.user,
+        "h": whose.h,
+        "epoch": epoch,
+        "first": first.seq,
+        "last": last.seq,
+        "chain": last.chain,
+        "marks": marks,
+    }
+    body = envelope.seal(envelope.KIND_SEGMENT, meta, frames)
+    sha256 = hashlib.sha256(body).digest()
+    row = [epoch, first.seq, last.seq, sha256, len(body), *last.cumulative, b"", b"", last.chain]
+    return segment_key(whose.h, epoch, first.seq, sha256), body, row
+
+
+def mergeable(rows: list[list[Any]]) -> tuple[int, int] | None:
+    """(start, stop) of the longest run of small neighbours that fit into one segment; None if it is not worth it.
+
+    Rows of a parent's segments stay as they are: a fork does not own them.
+    """
+    best: tuple[int, int] | None = None
+    start = size_bytes = 0
+    for stop, row in enumerate(rows, 1):
+        if row[4] >= SMALL_BYTES_MAX or row[8]:
+            start, size_bytes = stop, 0
+            continue
+        size_bytes += row[4]
+        while size_bytes > SEGMENT_BYTES_MAX:
+            size_bytes -= rows[start][4]
+            start += 1
+        if best is None or stop - start > best[1] - best[0]:
+            best = start, stop
+    return best if best is not None and best[1] - best[0] >= MERGE_SEGMENTS_MIN else None
+
+
+def row_key(manifest: Manifest, row: list[Any]) -> str:
+    """The object's key of a segment row."""
+    return segment_key(bytes(row[8]) or manifest.h, int(row[0]), int(row[1]), bytes(row[3]))
+
+
+def replaced(manifest: Manifest) -> list[list[Any]]:
+    """Rows [name, replaced at ms] of objects that a merge replaced and that are to be deleted."""
+    return [list(row) for row in manifest.extra.get(REPLACED_KEY, [])]

@@ -1,0 +1,144 @@
+"""The end of a session: the tombstone that stays, the objects that go, and the index of what expires on which day.
+
+It promises that nothing is removed before the manifest that gives it up is definite, and that a row of the expiry
+index stands before the manifest that needs it. It never lists the bucket: only one session's objects, or past days.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from sessiond.core import envelope
+from sessiond.core.expiry import day_of, expired_lifecycle, lifecycle_at
+from sessiond.core.manifest import EPOCH_ROWS_MAX, LIFECYCLE_ACTIVE, LIFECYCLE_DELETED, Manifest
+from sessiond.errors import Conflict
+from sessiond.tiers.cloud.bucket import Bucket, refusal
+from sessiond.tiers.cloud.store import ObjectStore, StoreError
+from sessiond.tiers.hot.rows import DURABILITY_CLOUD, Head
+
+LIST_ROWS = 1000
+
+
+def tombstone(manifest: Manifest) -> Manifest:
+    """The manifest that stays for ever: whose the id was, and nothing of what was said."""
+    birth: dict[str, Any] = {
+        "created_ms": manifest.birth.get("created_ms", 0),
+        "metadata": {},
+        "forked_from": "",
+        "forked_epoch": 0,
+        "forked_seq": 0,
+        "reset_of": "",
+    }
+    return replace(
+        manifest,
+        owner=None,
+        birth=birth,
+        policy={},
+        state=b"",
+        checkpoints=[],
+        turn_ids=b"",
+        segments=[],
+        index=None,
+        kept=[],
+        kept_bytes=0,
+        inline_first=manifest.head + 1,
+        loss=[],
+        lifecycle=LIFECYCLE_DELETED,
+        expires_ms=0,
+        orphans=[],
+        state_keys={},
+        extra={},
+        payload=b"",
+    )
+
+
+def remove_objects(store: ObjectStore, bucket: Bucket, h: bytes, was: Head | Manifest) -> int:
+    """Remove what a tombstone left behind: segments, orphans, the rows that name the session. How many objects.
+
+    It lists the session's own prefixes, so that objects go too that no manifest ever named. was: the session before
+    its tombstone. Raises as the store does; calling it again goes on.
+    """
+    removed = 0
+    created_ms = was.created_ms if isinstance(was, Head) else int(was.birth.get("created_ms", 0))
+    try:
+        for prefix in (f"s/{h.hex()}/", f"o/{h.hex()}/"):
+            start_after = ""
+            while True:
+                keys = [row.key for row in store.list(prefix, start_after, LIST_ROWS)]
+                for key in keys:
+                    store.delete(key)
+                removed += len(keys)
+                if len(keys) < LIST_ROWS:
+                    break
+                start_after = keys[-1]
+        store.delete(bucket.user_index_key(was.tenant, was.user, created_ms, h))
+        if was.expires_ms:
+            store.delete(bucket.expiry_key(was.tenant, day_of(was.expires_ms), h))
+    except StoreError as error:
+        raise refusal(error) from error
+    return removed
+
+
+def put_expiry_row(store: ObjectStore, bucket: Bucket, manifest: Manifest) -> None:
+    """Say in the index on which day a session expires. Raises as the store does."""
+    day = day_of(manifest.expires_ms)
+    meta = {"v": 1, "tenant": manifest.tenant, "session": manifest.session, "h": manifest.h, "day": day}
+    # Whatever becomes of this write, the row is a hint: the manifest decides.
+    store.put(bucket.expiry_key(manifest.tenant, day, manifest.h), envelope.seal(envelope.KIND_EXPIRY, meta))
+
+
+def needs_row(before: Manifest | None, after: Manifest) -> bool:
+    """Whether the index lacks the day on which `after` expires. before: what was committed last."""
+    if not after.expires_ms or after.lifecycle != LIFECYCLE_ACTIVE:
+        return False
+    return before is None or not before.expires_ms or day_of(before.expires_ms) != day_of(after.expires_ms)
+
+
+def leaves_row(before: Manifest, after: Manifest) -> bool:
+    """Whether the row for the day of `before` has no use any more once `after` is committed."""
+    if not before.expires_ms:
+        return False
+    gone = after.lifecycle != LIFECYCLE_ACTIVE or not after.expires_ms
+    return gone or day_of(before.expires_ms) != day_of(after.expires_ms)
+
+
+def retire(
+    manifest: Manifest,
+    incarnation: bytes,
+    loss: list[int] | None,
+    expiry_ms: int,
+    now_ms: int,
+    commit: Callable[[Manifest], str],
+) -> Manifest | None:
+    """End an expired session that nobody owns, by one conditional write; what was written, None if it is not expired.
+
+    loss: a row to add because its last owner was lost with its hot tier. commit: writes the manifest over the one that
+    was read, and raises Conflict if that one is not there any more.
+    """
+    lifecycle = lifecycle_at(manifest.lifecycle, manifest.policy, manifest.expires_ms, expiry_ms)
+    if manifest.lifecycle != LIFECYCLE_ACTIVE or lifecycle == LIFECYCLE_ACTIVE:
+        return None
+    epoch, mutation = manifest.epoch + 1, manifest.mutation + 1
+    epochs = [*manifest.epochs, [epoch, incarnation, manifest.head + 1, mutation]][-EPOCH_ROWS_MAX:]
+    lossy = loss is not None and int(manifest.policy.get("min_durability", 0)) != DURABILITY_CLOUD
+    ended = replace(
+        manifest,
+        mutation=mutation,
+        write_id=os.urandom(8),
+        epoch=epoch,
+        epochs=epochs,
+        owner=None,
+        lifecycle=lifecycle,
+        loss=[*manifest.loss, *([loss] if lossy and loss else [])],
+        written_ms=now_ms,
+    )
+    if expired_lifecycle(manifest.policy) == LIFECYCLE_DELETED:
+        ended = tombstone(ended)
+    try:
+        commit(ended)
+    except Conflict:
+        return None
+    return ended
