@@ -72,6 +72,7 @@ class FaultyStore(ObjectStore):
         self.url = folder.url
         self.on_put: Callable[[str, Land], str] | None = None
         self.on_get: Callable[[str], None] | None = None
+        self.on_delete: Callable[[str], None] | None = None
         self.committed: list[Manifest] = []
 
     def get(self, key: str, first_byte: int | None = None, last_byte: int | None = None) -> Stored:
@@ -90,6 +91,8 @@ class FaultyStore(ObjectStore):
         return land() if self.on_put is None else self.on_put(key, land)
 
     def delete(self, key: str) -> None:
+        if self.on_delete is not None:
+            self.on_delete(key)
         self.folder.delete(key)
 
     def list(self, prefix: str, start_after: str = "", limit: int = 1000) -> Iterator[Listed]:
@@ -99,7 +102,7 @@ class FaultyStore(ObjectStore):
         """The folder outlives its nodes; the world closes it."""
 
     def heal(self) -> None:
-        self.on_put = self.on_get = None
+        self.on_put = self.on_get = self.on_delete = None
 
 
 def is_manifest(key: str) -> bool:
