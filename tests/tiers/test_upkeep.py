@@ -490,6 +490,24 @@ def test_many_small_segments_become_one_and_the_old_ones_go_when_nobody_can_want
     assert whole_log(node)[: len(log_after)] == log_after
 
 
+def test_a_reader_whose_segment_is_gone_reads_the_manifest_again(node: Node) -> None:
+    long_session(node, compact.MERGE_SEGMENTS_MIN - 1)
+    before = node.manifest(S)
+    node.append(S, user("more", "x" * 70_000), assistant("then"))
+    node.live.flusher.flush(node.h(S), urgent=False)
+    node.world.clock.now_ms += compact.REPLACED_KEPT_MS
+    node.append(S, user("q-last"), assistant("a-last"))
+    node.flush_dirty()
+    segments = Segments(node.store.folder)
+    _, last = segments.between(before, 1, before.head, 1 << 30)
+    assert last == before.head
+    # What is missing by the newest manifest, too, is an error and never a shorter log.
+    newest = node.manifest(S)
+    node.store.folder.delete(compact.row_key(newest, newest.segments[0]))
+    with refused("MISSING_SEGMENT"):
+        Segments(node.store.folder).between(before, 1, before.head, 1 << 30)
+
+
 def test_a_merge_whose_commit_failed_leaves_every_segment_and_is_done_again(node: Node) -> None:
     long_session(node, compact.MERGE_SEGMENTS_MIN - 1)
     node.append(S, user("more", "x" * 70_000), assistant("then"))

@@ -300,16 +300,8 @@ class Sessions:
         last_seq = head.hot_first - 1
 
         def fetch() -> None:
-            rows = self._parts.segments.rows(manifest)
-            row = next((row for row in rows if row[1] <= last_seq <= row[2]), None)
-            if row is None:
-                raise Corrupt(
-                    "MISSING_SEGMENT",
-                    f"No segment of session {manifest.session!r} holds turn {last_seq}.",
-                    {"seq": str(last_seq), "session_id": manifest.session},
-                )
-            frames = self._parts.segments.frames(manifest, row)
-            self._hot.run_blocking(lambda txn: log.backfill_rows(txn, h, frames, int(row[1])), len(frames))
+            first_seq, _, frames = self._parts.segments.covering(manifest, last_seq)
+            self._hot.run_blocking(lambda txn: log.backfill_rows(txn, h, frames, first_seq), len(frames))
 
         await self._off_loop(fetch)
 
@@ -760,7 +752,9 @@ class Sessions:
                 reply = contexts.build(source, h, state, spec, standing)
                 break
             except log.HistoryNeeded as error:
-                first_seq, last_seq, frames = await self._off_loop(self._segment_of, manifest, error.first_seq)
+                first_seq, last_seq, frames = await self._off_loop(
+                    self._parts.segments.covering, manifest, error.first_seq
+                )
                 source.add(first_seq, last_seq, frames)
         else:
             raise Unavailable("STORE_UNAVAILABLE", "The window needs too many segments.")
@@ -768,16 +762,6 @@ class Sessions:
             self._start_claim(h, cold, loss)
         self._count_rung(standing.rung)
         return reply
-
-    def _segment_of(self, manifest: Manifest, seq: int) -> tuple[int, int, bytes]:
-        row = next((row for row in self._parts.segments.rows(manifest) if row[1] <= seq <= row[2]), None)
-        if row is None:
-            raise Corrupt(
-                "MISSING_SEGMENT",
-                f"No segment of session {manifest.session!r} holds turn {seq}.",
-                {"seq": str(seq), "session_id": manifest.session},
-            )
-        return int(row[1]), int(row[2]), self._parts.segments.frames(manifest, row)
 
     # Append ------------------------------------------------------------------------------------------------------
 

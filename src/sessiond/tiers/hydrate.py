@@ -59,6 +59,7 @@ from sessiond.tiers.retire import put_expiry_row
 # Same bytes are sent again this often before an outcome is reported unknown.
 ATTEMPTS_MAX = 4
 SEGMENT_BYTES_HELD_MAX = 64 * 1024**2
+INDEXES_HELD_MAX = 16
 ORPHAN_BYTES_MAX = 64 * 1024**2
 
 
@@ -85,6 +86,7 @@ class Segments:
     def __init__(self, store: ObjectStore) -> None:
         self._store = store
         self._held: OrderedDict[str, bytes] = OrderedDict()
+        self._indexes: OrderedDict[str, list[list[Any]]] = OrderedDict()
         self._held_bytes = 0
         self._lock = threading.Lock()
 
@@ -93,8 +95,42 @@ class Segments:
         if manifest.index is None:
             return manifest.segments
         name = str(manifest.index[0])
-        meta, _ = envelope.unseal(self._object(name, name.rsplit("-", 1)[-1]), envelope.KIND_SEGMENT_INDEX, name)
-        return [*meta["rows"], *manifest.segments]
+        with self._lock:
+            moved = self._indexes.get(name)
+        if moved is None:
+            stored = self._object(name, name.rsplit("-", 1)[-1])
+            moved = envelope.unseal(stored, envelope.KIND_SEGMENT_INDEX, name)[0]["rows"]
+            with self._lock:
+                self._indexes[name] = moved
+                while len(self._indexes) > INDEXES_HELD_MAX:
+                    self._indexes.popitem(last=False)
+        return [*moved, *manifest.segments]
+
+    def covering(self, manifest: Manifest, seq: int) -> tuple[int, int, bytes]:
+        """(first seq, last seq, frames) of the segment that holds a turn, by the manifest as it is read now if a merge
+        has replaced the segment since. Raises Corrupt, Unavailable, NotFound SESSION_DELETED.
+        """
+        try:
+            return self._covering(manifest, seq)
+        except Corrupt as error:
+            if error.reason != "MISSING_SEGMENT":
+                raise
+            found = load(self._store, manifest.h)
+            if found is None or found.manifest.write_id == manifest.write_id:
+                raise
+        if found.manifest.lifecycle == LIFECYCLE_DELETED:
+            raise log.deleted(manifest.session)
+        return self._covering(found.manifest, seq)
+
+    def _covering(self, manifest: Manifest, seq: int) -> tuple[int, int, bytes]:
+        row = next((row for row in self.rows(manifest) if row[1] <= seq <= row[2]), None)
+        if row is None:
+            raise Corrupt(
+                "MISSING_SEGMENT",
+                f"No segment of session {manifest.session!r} holds turn {seq}.",
+                {"seq": str(seq), "session_id": manifest.session},
+            )
+        return int(row[1]), int(row[2]), self.frames(manifest, row)
 
     def frames(self, manifest: Manifest, row: list[Any]) -> bytes:
         """The frames of one segment. Raises Corrupt CORRUPT_SEGMENT or MISSING_SEGMENT, Unavailable."""
@@ -140,14 +176,7 @@ class Segments:
             if due >= manifest.inline_first:
                 buffer = manifest.inline_frames
             else:
-                row = next((row for row in self.rows(manifest) if row[1] <= due <= row[2]), None)
-                if row is None:
-                    raise Corrupt(
-                        "MISSING_SEGMENT",
-                        f"No segment of session {manifest.session!r} holds turn {due}.",
-                        {"seq": str(due), "session_id": manifest.session},
-                    )
-                buffer = self.frames(manifest, row)
+                _, _, buffer = self.covering(manifest, due)
             for header in core.scan_frames(manifest.h, buffer):
                 if header.seq != due or due > last_seq:
                     continue

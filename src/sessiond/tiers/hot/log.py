@@ -459,8 +459,11 @@ class _Sealed:
         if flags & FLAG_BOUNDARY:
             self.boundaries.append((self.head.epoch << 32 | seq, self.state))
         if live:
-            answered = turn.role == ROLE_ASSISTANT and flags & FLAG_BOUNDARY and not self.places[16]
-            self.waiting = not answered
+            answers = turn.role == ROLE_ASSISTANT and bool(flags & FLAG_BOUNDARY) and not self.places[16]
+            exchange_seq = self.places[9]
+            self.waiting = not answers or exchange_seq == self.head.answered_seq
+            if answers:
+                self.head.answered_seq = exchange_seq
         elif turn.kind == KIND_MILESTONE:
             self.waiting = False
         if turn.policy is not None:

@@ -54,6 +54,8 @@ class Head(msgspec.Struct, array_like=True):
     claim: list[Any] | None = None
     # When the newest turn came, or the rows were hydrated: what idle release and eviction go by.
     used_ms: int = 0
+    # The exchange, by its first turn, that got its answer last; a second answer to it is no news.
+    answered_seq: int = 0
 
     @property
     def is_dirty(self) -> bool:
