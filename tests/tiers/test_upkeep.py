@@ -314,6 +314,35 @@ def test_expired_sessions_that_nobody_owns_end_by_one_listing_of_past_days(world
         first.resume("delete")
 
 
+def test_a_released_session_ends_at_its_time_where_it_was_released(node: Node) -> None:
+    talk(node, "archive", ttl_ms=HOUR_MS)
+    talk(node, "delete", ttl_ms=HOUR_MS, action=turn_pb2.EXPIRY_ACTION_DELETE)
+    for name in ("archive", "delete"):
+        node.live.flusher.request(node.h(name), release=True).result(timeout=20)
+    node.tick()
+    node.world.clock.now_ms += HOUR_MS
+    node.tick()
+    assert node.manifest("archive").lifecycle == LIFECYCLE_ARCHIVED
+    assert node.keys("", "delete") == [manifest_key(node.h("delete"))]
+    assert node.days("archive") == node.days("delete") == []
+    assert len(node.resume("archive").turns) == 2
+
+
+def test_a_released_copy_of_a_session_that_went_on_elsewhere_ends_nothing(world: World) -> None:
+    first, second = Node(world, "first", "n1"), Node(world, "second", "n2")
+    talk(first, ttl_ms=HOUR_MS, action=turn_pb2.EXPIRY_ACTION_DELETE)
+    first.live.flusher.request(first.h(S), release=True).result(timeout=20)
+    world.clock.now_ms += HOUR_MS - 1
+    second.append(S, user("t3"), assistant("t4"))
+    second.live.flusher.request(second.h(S)).result(timeout=20)
+    world.clock.now_ms += HOUR_MS - 1
+    first.tick()
+    assert second.manifest(S).lifecycle == LIFECYCLE_ACTIVE
+    assert first.head(S) is None
+    assert len(second.resume(S).turns) == 4
+    assert second.days(S) == [day_of(START_MS + 2 * HOUR_MS)]
+
+
 def test_what_cannot_be_read_and_what_another_node_owns_never_expires_here(world: World) -> None:
     first, second = Node(world, "first", "n1"), Node(world, "second", "n2")
     talk(first, "owned", ttl_ms=HOUR_MS, action=turn_pb2.EXPIRY_ACTION_DELETE)

@@ -125,8 +125,11 @@ class Upkeep:
         steady_ms = self._steady_ms()
         idle_before_ms = steady_ms - self._idle_release_ms if self._idle_release_ms else -1
         expired: list[bytes] = []
+        copies: list[tuple[bytes, Head]] = []
         idle: list[bytes] = []
         for h, head in self._heads(SLICE_ROWS):
+            if is_evictable(head) and head.lifecycle == LIFECYCLE_ACTIVE and 0 < head.expires_ms <= steady_ms:
+                copies.append((h, head))
             if head.phase != PHASE_OWNED:
                 continue
             over = lifecycle_at(head.lifecycle, head.policy, head.expires_ms, steady_ms)
@@ -136,9 +139,15 @@ class Upkeep:
                 idle.append(h)
         for h in expired:
             self._end(h)
-        if not self._flusher.failing:
-            for h in idle:
-                self._release(h, idle_before_ms)
+        if self._flusher.failing:
+            return
+        for h in idle:
+            self._release(h, idle_before_ms)
+        for h, head in copies[:SWEEP_ROWS]:
+            # Released here, so that in most cases nobody else has it: no need to wait for the end of the day. If
+            # somebody has, the copy is of no use; if not, it has ended.
+            self._end_unowned(self._bucket.expiry_key(head.tenant, day_of(head.expires_ms), h))
+            self._drop([h], evicts=False)
 
     def _heads(self, rows: int) -> list[tuple[bytes, Head]]:
         """The next head rows, from where the last slice ended; begins anew at the end."""
@@ -245,7 +254,7 @@ class Upkeep:
                 return [h for _, h in released], [h for _, h in owned]
             place = following
 
-    def _drop(self, hashes: list[bytes]) -> None:
+    def _drop(self, hashes: list[bytes], evicts: bool = True) -> None:
         def operation(transaction: Transaction) -> int:
             dropped = 0
             for h in hashes:
@@ -258,7 +267,8 @@ class Upkeep:
                 dropped += 1
             return dropped
 
-        self.done.evicted += self._hot.run_blocking(operation)
+        dropped = self._hot.run_blocking(operation)
+        self.done.evicted += dropped if evicts else 0
 
     # Expired sessions that nobody owns --------------------------------------------------------------------------------
 
