@@ -54,16 +54,23 @@ class Daemon:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        self._failed: SessiondError | None = None
         self.port = 0
+        self.served = False
 
     async def run(self) -> bool:
         """Start, serve until SIGTERM, SIGINT or a drain that shuts down, drain, stop. Whether the drain was clean.
 
-        Raises SessiondError if it can't start; whatever was opened is closed then.
+        Raises SessiondError if it can't start, and if the hot tier failed; whatever was opened is closed then.
         """
         with contextlib.ExitStack() as opened:
             server, node, lease = await self._start(opened)
             await self._serve(server)
+            if self._failed is not None:
+                # Nothing is flushed or released: what could be read now may not be what is on the disk.
+                node.set_phase(admin_pb2.NODE_PHASE_DRAINING)
+                await server.stop(STOP_GRACE_S)
+                raise self._failed
             clean = await self._drain(node)
             await server.stop(STOP_GRACE_S)
             await asyncio.to_thread(lease.stop, clean)
@@ -94,9 +101,16 @@ class Daemon:
         refuse_network(str(settings.hot_dir), "data_dir")
         hot = Environment(settings.hot_dir, settings.map_size_bytes, settings.readers_max, settings.commit_group_max)
         opened.callback(hot.close)
-        opened_at = hot.transaction_id
         hot.bind_store(bucket.store_id)
         loop = asyncio.get_running_loop()
+
+        def hot_tier_failed(failure: SessiondError) -> None:
+            log.error(telemetry.HOT_TIER_FAILED, reason=failure.reason, message=str(failure))
+            self._failed = failure
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(server.shut_down.set)
+
+        hot.on_failed = hot_tier_failed
 
         def lease_lost() -> None:
             log.error(telemetry.LEASE_LOST, node=settings.node)
@@ -112,7 +126,7 @@ class Daemon:
             lease_lost,
             transaction_id=lambda: hot.transaction_id,
         )
-        await asyncio.to_thread(take_node, lease, hot, opened_at)
+        await asyncio.to_thread(take_node, lease, hot, hot.opened_at)
         identity = NodeIdentity(hot.incarnation, settings.node, settings.listen)
         lease.start()
         opened.callback(lease.stop, False)
@@ -183,6 +197,7 @@ class Daemon:
         opened.callback(warm.cancel)
         # What was imported stays for good: full collections need not walk it (4 to 12 ms each, bench/README.md).
         gc.freeze()
+        self.served = True
         log.info(telemetry.SERVING, listen=settings.listen, port=self.port, cloud=store.url, hot=str(hot.path))
         return server, node, lease
 
@@ -233,8 +248,10 @@ def doubt_all(hot: Environment) -> None:
 def serve(settings: Settings) -> bool:
     """Run a daemon in this process until it is told to stop; whether everything was flushed and released."""
     telemetry.set_up_logs(settings.log_level)
+    daemon = Daemon(settings)
     try:
-        return asyncio.run(Daemon(settings).run())
+        return asyncio.run(daemon.run())
     except SessiondError as error:
-        log.error(telemetry.START_REFUSED, reason=error.reason, message=str(error))
+        if not daemon.served:
+            log.error(telemetry.START_REFUSED, reason=error.reason, message=str(error))
         raise

@@ -203,13 +203,25 @@ REASONS: dict[str, Reason] = {
     "HOT_TIER_FAILED": Reason(
         Unavailable,
         "UNAVAILABLE",
-        "The node's disk failed and the node has stopped writing; replace the disk, then restart the daemon.",
+        "The node's disk failed and the daemon stops; see to the disk, then start the daemon again.",
         5000,
+    ),
+    "TOO_MANY_FILES": Reason(
+        Exhausted,
+        "RESOURCE_EXHAUSTED",
+        "Raise the limit of open files (LimitNOFILE= under systemd, ulimit -n elsewhere).",
+        1000,
     ),
     "DEADLINE_TOO_SHORT": Reason(Unavailable, "DEADLINE_EXCEEDED", "Allow the call more time."),
     # what was read back
     "CORRUPT_FRAME": Reason(Corrupt, "DATA_LOSS", _MOVE_HOT_ASIDE),
     "CORRUPT_HOT_ROW": Reason(Corrupt, "DATA_LOSS", _MOVE_HOT_ASIDE),
+    "HOT_TIER_TRUNCATED": Reason(
+        Corrupt,
+        "DATA_LOSS",
+        "Restore the file, or run sessiond repair, which moves data_dir/hot aside, and start the daemon again: sessions"
+        " come back from the cloud tier and say what may be missing.",
+    ),
     "CORRUPT_SEGMENT": Reason(Corrupt, "DATA_LOSS", "Run sessiond verify; restore the object from a backup."),
     "CORRUPT_MANIFEST": Reason(Corrupt, "DATA_LOSS", "Run sessiond verify; restore the object from a backup."),
     "MISSING_SEGMENT": Reason(Corrupt, "DATA_LOSS", "Run sessiond verify; restore the object from a backup."),

@@ -14,6 +14,7 @@ DRAINING: Final = "draining"
 DRAINED: Final = "drained"
 STOPPED: Final = "stopped"
 LEASE_LOST: Final = "lease_lost"
+HOT_TIER_FAILED: Final = "hot_tier_failed"
 START_REFUSED: Final = "start_refused"
 
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}

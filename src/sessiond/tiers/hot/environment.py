@@ -1,13 +1,16 @@
 """One LMDB environment: opening it, its tables, and the group commit through which every write goes.
 
-It promises that a write is answered after the fsync of the commit that holds it, and that a refused write leaves no
-trace. It never holds a read transaction across a wait, and never assumes that this process is the only one here.
+It promises that a write is answered after the fsync of the commit that holds it, that a refused write leaves no trace,
+and that a full disk is told from a failed one: the first is waited out, nothing is retried over the second. It never
+holds a read transaction across a wait, never assumes that this process is the only one here, and never touches a page
+that the file has lost.
 
 Tables (keys are bytes; h is a session's 16-byte hash; integers in keys are big-endian so that they sort):
 
     meta         format                     -> version of these tables (4)
                  incarnation                -> 16 random bytes: what owns sessions
                  store                      -> 16 bytes: the bucket that this hot tier belongs to
+                 opened                     -> how often it was opened to be written (8)
     heads        h                          -> Head row
     turns        h, first seq (8)           -> whole frames, at most ROW_BYTES_MAX unless one frame is larger
     ids          h, chunk (4)               -> 24-byte entries as in the manifest's turn_ids, 64 seqs a chunk
@@ -19,7 +22,12 @@ Tables (keys are bytes; h is a session's 16-byte hash; integers in keys are big-
                                                its newest exchange waits for an answer
 
 Every value starts with CRC32C(h, table name, rest) in 4 bytes, but turns, whose frames carry their own; dirty, which
-only says when to look; format and store, which are compared as a whole. Incarnation is checked with an empty h.
+only says when to look; format and store, which are compared as a whole; and opened, which nobody reads. Incarnation is
+checked with an empty h.
+
+The file is always at least as long as its newest page, and kept allocated somewhat beyond (Environment._reserve). So a
+file that is shorter was truncated by somebody, which is refused: a page of the map that the file has lost ends the
+process by SIGBUS.
 """
 
 from __future__ import annotations
@@ -43,11 +51,24 @@ FORMAT_VERSION: Final = 1
 META_FORMAT: Final = b"format"
 META_INCARNATION: Final = b"incarnation"
 META_STORE: Final = b"store"
+META_OPENED: Final = b"opened"
 TABLES: Final = ("meta", "heads", "turns", "ids", "checkpoints", "manifests", "users", "dirty")
 # Appends are refused above this share of the map; the rest is for flush and evict.
 MAP_USED_MAX: Final = 0.85
 # A queue longer than this means that the disk does not keep up.
 QUEUE_MAX: Final = 16_384
+# The map's use is measured at most this often: every so many commits, or sooner if they were large.
+MEASURED_EVERY_COMMITS: Final = 16
+MEASURED_EVERY_SHARE: Final = 1 / 256
+# Disk space is taken ahead in such steps, and this much of it is left alone by writes that add turns, so that flush,
+# release and evict still commit on a full disk.
+RESERVE_STEP_BYTES: Final = 4 * 1024**2
+RESERVE_KEPT_BYTES: Final = 1024**2
+# Pages that one write changes besides what it adds: a path through each of the tables.
+WRITE_BYTES_MAX: Final = 32 * 1024
+
+_FULL: Final = (errno.ENOSPC, errno.EDQUOT)
+_TOO_MANY_FILES: Final = (errno.EMFILE, errno.ENFILE)
 
 Result = TypeVar("Result")
 
@@ -111,7 +132,11 @@ class Environment:
     """The node's LMDB environment, opened once per process."""
 
     def __init__(self, path: Path, map_size_bytes: int, readers_max: int, group_max: int) -> None:
-        """Open or make it. Raises Denied UNWRITABLE_FOLDER, Corrupt NEWER_FORMAT or CORRUPT_HOT_ROW, DISK_FULL."""
+        """Open or make it.
+
+        Raises Denied UNWRITABLE_FOLDER, Corrupt NEWER_FORMAT, CORRUPT_HOT_ROW or HOT_TIER_TRUNCATED, Exhausted
+        DISK_FULL, TOO_MANY_FILES or OVERLOADED, Unavailable HOT_TIER_FAILED.
+        """
         self.path = path
         self.group_max = group_max
         try:
@@ -130,23 +155,44 @@ class Environment:
             )
         except (OSError, lmdb.Error) as error:
             raise _open_error(path, error) from error
-        self._env.reader_check()
         self.commits = self.appends = self.group_size_max = 0
+        # Why nothing is read or written any more, once the disk has failed; on_failed is called once then.
         self.failed: SessiondError | None = None
+        self.on_failed: Callable[[SessiondError], None] = lambda error: None
         self._queue: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._closed = False
+        self._file = -1
         try:
+            # Held open from before the first write, so that it hears of every failed writeback (see _is_out_of_room).
+            self._file = os.open(path / "data.mdb", os.O_RDWR | os.O_CLOEXEC)
+            _check_length(self._env, self._file, path)
+            info = self._env.info()
+            self._page_bytes = int(self._env.stat()["psize"])
+            self._map_bytes = int(info["map_size"])
+            self._reserved_bytes = 0
+            # The newest commit that was found: what the lease's is compared with.
+            self.opened_at = int(info["last_txnid"])
+            self._env.reader_check()
             self._tables = {name: self._env.open_db(name.encode()) for name in TABLES}
             self.incarnation = self._settle_meta()
-        except lmdb.Error as error:
-            self._env.close()
+            self._commits_unmeasured = self._bytes_unmeasured = 0
+            with self._env.begin() as raw:
+                self._used_bytes = self._measured(raw)
+        except (OSError, lmdb.Error) as error:
+            self._release()
             raise _open_error(path, error) from error
         except BaseException:
-            self._env.close()
+            self._release()
             raise
         self._thread = threading.Thread(target=self._commit_loop, name="commit", daemon=True)
         self._thread.start()
+
+    def _release(self) -> None:
+        self._env.close()
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
 
     def _settle_meta(self) -> bytes:
         with self._env.begin(write=True) as raw:
@@ -155,7 +201,14 @@ class Environment:
             if version is None:
                 transaction.put("meta", META_FORMAT, FORMAT_VERSION.to_bytes(4, "big"))
                 _put_incarnation(transaction, os.urandom(16))
-            return _incarnation(transaction, self.path)
+            incarnation = _incarnation(transaction, self.path)
+            # A commit that changes something, at every start: a process that was killed between its last write and the
+            # fsync leaves pages that can be seen and are not on the disk. Nothing is served from them before this
+            # commit's fsync has put all of the file there. It also finds a disk that takes no writes before anybody
+            # relies on it.
+            opened = int.from_bytes(transaction.get("meta", META_OPENED) or b"", "big") + 1
+            transaction.put("meta", META_OPENED, opened.to_bytes(8, "big"))
+            return incarnation
 
     def bind_store(self, store_id: bytes) -> None:
         """Tie this hot tier to its bucket at first use. Raises Invalid WRONG_STORE if it is tied to another."""
@@ -182,8 +235,12 @@ class Environment:
             raw = self._env.begin(buffers=True)
         except lmdb.ReadersFullError as error:
             raise Exhausted("OVERLOADED", "The hot tier has no free reader slot.") from error
+        except lmdb.Error as error:
+            raise self._judge(error) from error
         try:
             yield Transaction(raw, self._tables)
+        except lmdb.Error as error:
+            raise self._judge(error) from error
         finally:
             raw.abort()
 
@@ -200,7 +257,10 @@ class Environment:
         return fresh
 
     async def run(self, operation: Callable[[Transaction], Result], weight_bytes: int = 0) -> Result:
-        """Do one write in the next group; returns what it returned, after the fsync. Raises what it raised."""
+        """Do one write in the next group; returns what it returned, after the fsync. Raises what it raised.
+
+        weight_bytes: what it adds to the tier; 0 for a write that moves things on, which a full disk should not stop.
+        """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Any] = loop.create_future()
         self._submit(_Work(operation, loop, future, weight_bytes))
@@ -248,25 +308,32 @@ class Environment:
 
     def _commit(self, group: list[_Work]) -> None:
         """One transaction for the group; if something unforeseen breaks it, each alone, so that none spoils another."""
-        if self.failed is not None:
+        failed = self.failed
+        if failed is not None:
             for work in group:
-                work.error = self.failed
+                work.error = failed
             return
         try:
             with self._env.begin(write=True) as raw:
+                _check_length(self._env, self._file, self.path)
+                full = self._reserve(group)
                 transaction = Transaction(raw, self._tables)
                 for work in group:
+                    if full is not None and work.weight_bytes:
+                        work.error = full
+                        continue
                     try:
                         work.result = work.operation(transaction)
                     except SessiondError as refused:
                         # Operations check before they write: a refusal has written nothing.
                         work.error = refused
+                self._measure(raw, group)
         except Exception as error:
-            failure = self._write_error(error)
-            if isinstance(failure, SessiondError) and failure.reason == "HOT_TIER_FAILED":
+            failure = self._judge(error)
+            if self.failed is not None:
                 # Nothing is retried over a failed fsync.
                 for work in group:
-                    work.result, work.error = None, failure
+                    work.result, work.error = None, self.failed
                 return
             if len(group) > 1:
                 for work in group:
@@ -280,24 +347,114 @@ class Environment:
         self.appends += len(group)
         self.group_size_max = max(self.group_size_max, len(group))
 
-    def _write_error(self, error: Exception) -> BaseException:
-        if isinstance(error, lmdb.MapFullError):
-            return Exhausted("HOT_TIER_FULL", "The hot tier's map is full.")
+    def _judge(self, error: Exception) -> Exception:
+        """What an error of LMDB, or of the system under it, means to whoever asked; stops the node if that is due."""
         code = _errno(error)
-        if code in (errno.ENOSPC, errno.EDQUOT):
-            return Exhausted("DISK_FULL", f"The disk of {self.path} is full.", {"path": str(self.path)})
-        if code == errno.EIO:
-            # After a failed fsync nobody knows what is on the disk: nothing is retried over it.
-            self.failed = Unavailable("HOT_TIER_FAILED", f"The disk of {self.path} failed: {error}.")
-            return self.failed
-        if isinstance(error, lmdb.Error):
-            return Corrupt("CORRUPT_HOT_ROW", f"The hot tier in {self.path} refused a write: {error}.")
-        return error
+        if isinstance(error, Corrupt) and error.reason == "HOT_TIER_TRUNCATED":
+            self._fail(error)
+        elif isinstance(error, lmdb.PanicError) or (code == errno.EIO and not self._is_out_of_room()):
+            self._fail(_disk_failed(self.path, error))
+        elif code == errno.EIO or code in _FULL:
+            # Room that ran out in the middle of a write is a short write, which LMDB reports as EIO. The transaction
+            # is gone, and none of its pages is referred to; the next one writes anew whatever it refers to.
+            if not self._is_usable():
+                self._fail(_disk_failed(self.path, error))
+            else:
+                return _disk_full(self.path)
+        elif isinstance(error, lmdb.MapFullError):
+            return Exhausted("HOT_TIER_FULL", "The hot tier's map is full.")
+        elif isinstance(error, MemoryError | lmdb.MemoryError) or code == errno.ENOMEM:
+            return Exhausted("OVERLOADED", "The hot tier was given no memory.")
+        elif isinstance(error, lmdb.Error):
+            return Corrupt("CORRUPT_HOT_ROW", f"The hot tier in {self.path} can't be used: {error}.")
+        return self.failed or error
+
+    def _fail(self, failure: SessiondError) -> None:
+        """Read and write nothing any more, and tell the daemon, once."""
+        if self.failed is None:
+            self.failed = failure
+            self.on_failed(failure)
+
+    def _is_usable(self) -> bool:
+        """False once LMDB has given up on the environment: the newest meta page could not be written."""
+        try:
+            self._env.begin().abort()
+        except lmdb.PanicError:
+            return False
+        return True
+
+    def _is_out_of_room(self) -> bool:
+        """Whether an EIO of LMDB's was a short write on a full disk, and nothing was lost on the way to the disk."""
+        try:
+            # Linux tells every open file of each failed writeback once: silence means that there was none.
+            os.fsync(self._file)
+            os.posix_fallocate(self._file, os.fstat(self._file).st_size, RESERVE_STEP_BYTES)
+        except OSError as error:
+            return error.errno in _FULL
+        return False
+
+    def _top_bytes(self) -> int:
+        """Where the file's newest page ends."""
+        return (int(self._env.info()["last_pgno"]) + 1) * self._page_bytes
+
+    def _reserve(self, group: list[_Work]) -> Exhausted | None:
+        """Take the disk space for a group before it is written; the refusal for those that add turns if there is none.
+
+        So a full disk is found while nothing is half written, and the writes that make room keep what was taken before.
+        """
+        weight_bytes = sum(work.weight_bytes for work in group)
+        # Twice, because the pages that a row leaves may be held by a reader.
+        needed = self._top_bytes() + RESERVE_KEPT_BYTES + 2 * weight_bytes + len(group) * WRITE_BYTES_MAX
+        needed = min(needed, self._map_bytes)
+        if needed <= self._reserved_bytes:
+            return None
+        wanted = min(needed + RESERVE_STEP_BYTES, self._map_bytes)
+        start = self._reserved_bytes or self._top_bytes()
+        for end in (wanted, needed):
+            try:
+                os.posix_fallocate(self._file, start, end - start)
+            except OSError as error:
+                if error.errno == errno.EIO:
+                    raise
+                if error.errno not in _FULL:
+                    self._reserved_bytes = self._map_bytes  # this filesystem takes no space ahead
+                    break
+            else:
+                self._reserved_bytes = end
+                return None
+        # Length costs no space. A page that a transaction takes and drops again is never written, and counts all the
+        # same: without this the file would look cut.
+        if os.fstat(self._file).st_size < needed:
+            os.ftruncate(self._file, needed)
+        return _disk_full(self.path) if self._reserved_bytes < needed else None
+
+    def _measure(self, raw: Any, group: list[_Work]) -> None:
+        """Measure the map's use, now and then: it is asked for before every append."""
+        self._commits_unmeasured += 1
+        self._bytes_unmeasured += sum(work.weight_bytes for work in group)
+        if (
+            self._commits_unmeasured >= MEASURED_EVERY_COMMITS
+            or self._bytes_unmeasured >= self._map_bytes * MEASURED_EVERY_SHARE
+        ):
+            self._commits_unmeasured = self._bytes_unmeasured = 0
+            self._used_bytes = self._measured(raw)
+
+    def _measured(self, raw: Any) -> int:
+        """Bytes of the pages that hold something; those that were freed are taken again and do not count."""
+        # The two meta pages, and the root of the table of tables.
+        pages = 3
+        for table in self._tables.values():
+            stat = raw.stat(table)
+            pages += stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"]
+        # LMDB's own list of free pages has 8 bytes for each, and can't be asked for its size.
+        free = max(0, int(self._env.info()["last_pgno"]) + 1 - pages)
+        return int(pages + 8 * free // self._page_bytes + 1) * self._page_bytes
 
     def used_bytes(self) -> tuple[int, int]:
-        """(bytes of the map in use, bytes of the map)."""
-        info = self._env.info()
-        return int((info["last_pgno"] + 1) * self._env.stat()["psize"]), int(info["map_size"])
+        """(bytes of the map in use, bytes of the map), measured now. Falls when rows are removed."""
+        with self.read() as transaction:
+            self._used_bytes = self._measured(transaction.lmdb)
+        return self._used_bytes, self._map_bytes
 
     def readers(self) -> int:
         """Reader slots in use, by any process."""
@@ -306,8 +463,9 @@ class Environment:
 
     def is_full(self) -> bool:
         """Whether appends must be refused so that flush and evict keep room."""
-        used, size = self.used_bytes()
-        return used > size * MAP_USED_MAX
+        full_bytes = self._map_bytes * MAP_USED_MAX
+        # What was measured may be some commits old: nobody is refused before another look.
+        return self._used_bytes > full_bytes and self.used_bytes()[0] > full_bytes
 
     def close(self) -> None:
         """Finish what is queued and close. Nothing is accepted afterwards."""
@@ -317,24 +475,34 @@ class Environment:
         self._queue.put(None)
         if self._thread is not None:
             self._thread.join()
-        self._env.close()
+        self._release()
 
 
 class Reader:
     """An environment opened to read only, beside a daemon or without one. It never makes or changes anything."""
 
     def __init__(self, path: Path) -> None:
-        """Raises Denied UNWRITABLE_FOLDER, Corrupt NEWER_FORMAT or CORRUPT_HOT_ROW."""
+        """Raises Denied UNWRITABLE_FOLDER, Corrupt NEWER_FORMAT, CORRUPT_HOT_ROW or HOT_TIER_TRUNCATED, and as a disk
+        does.
+        """
         try:
             self._env = lmdb.open(
                 str(path), readonly=True, create=False, max_dbs=len(TABLES), max_readers=1024, lock=True, lib_version=0
             )
-            self._tables = {name: self._env.open_db(name.encode(), create=False) for name in TABLES}
         except (OSError, lmdb.Error) as error:
             raise _open_error(path, error) from error
         try:
+            file = os.open(path / "data.mdb", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                _check_length(self._env, file, path)
+            finally:
+                os.close(file)
+            self._tables = {name: self._env.open_db(name.encode(), create=False) for name in TABLES}
             with self.read() as transaction:
                 self.incarnation = _incarnation(transaction, path)
+        except (OSError, lmdb.Error) as error:
+            self._env.close()
+            raise _open_error(path, error) from error
         except BaseException:
             self._env.close()
             raise
@@ -393,21 +561,50 @@ def _settle_futures(works: list[_Work]) -> None:
             work.settle.set_result(work.result)
 
 
+def _check_length(env: Any, file: int, path: Path) -> None:
+    """Raises Corrupt HOT_TIER_TRUNCATED if the file lacks pages that its newest commit may refer to."""
+    # The commit is looked at first: a live daemon beside us only makes the file longer.
+    due_bytes = (int(env.info()["last_pgno"]) + 1) * int(env.stat()["psize"])
+    found_bytes = os.fstat(file).st_size
+    if found_bytes < due_bytes:
+        raise Corrupt(
+            "HOT_TIER_TRUNCATED",
+            f"The file {path / 'data.mdb'} was cut: it has {found_bytes} bytes of {due_bytes}.",
+            {"path": str(path), "bytes": str(found_bytes), "bytes_due": str(due_bytes)},
+        )
+
+
 def _errno(error: BaseException) -> int:
     if isinstance(error, OSError):
         return error.errno or 0
+    if not isinstance(error, lmdb.Error):
+        return 0
     text = str(error)
-    for code in (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EACCES, errno.EROFS):
+    for code in (errno.EIO, *_FULL, *_TOO_MANY_FILES, errno.ENOMEM, errno.EACCES, errno.EROFS):
         if os.strerror(code) in text:
             return code
     return 0
 
 
+def _disk_full(path: Path) -> Exhausted:
+    return Exhausted("DISK_FULL", f"The disk of {path} is full.", {"path": str(path)})
+
+
+def _disk_failed(path: Path, error: Exception) -> Unavailable:
+    return Unavailable("HOT_TIER_FAILED", f"The disk of {path} failed: {error}.", {"path": str(path)})
+
+
 def _open_error(path: Path, error: Exception) -> SessiondError:
     code = _errno(error)
     where = {"path": str(path)}
-    if code == errno.ENOSPC:
-        return Exhausted("DISK_FULL", f"The disk of {path} is full.", where)
+    if code in _FULL:
+        return _disk_full(path)
+    if code == errno.EIO or isinstance(error, lmdb.PanicError):
+        return _disk_failed(path, error)
+    if code in _TOO_MANY_FILES:
+        return Exhausted("TOO_MANY_FILES", f"The hot tier in {path} can't be opened: {error}.", where)
+    if code == errno.ENOMEM:
+        return Exhausted("OVERLOADED", f"The hot tier in {path} was given no memory: {error}.", where)
     denied = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
     if code in denied or isinstance(error, lmdb.ReadonlyError):
         return Denied(
