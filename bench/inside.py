@@ -126,7 +126,7 @@ def record_appends(folder: Path, before: int, appends: int) -> tuple[Path, Path,
 
             def operation(transaction: Transaction) -> Any:
                 recorder = Recorder(transaction)
-                done = log.append(recorder, h, "recorded", prepared, None, None, daemon.now_ms(), 0, dict)
+                done = log.append(recorder, h, "recorded", prepared, None, None, daemon.now_ms(), daemon.now_ms, dict)
                 if records:
                     recorded.append(recorder.rows)
                 return done

@@ -1,4 +1,4 @@
-"""`sessiond serve`: runs the daemon in this process until SIGTERM, SIGINT, a drain that shuts it down or a failed disk."""
+"""`sessiond serve`: runs the daemon in this process until SIGTERM, SIGINT, a drain that ends it or a failed disk."""
 
 from __future__ import annotations
 

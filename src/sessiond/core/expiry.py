@@ -19,7 +19,10 @@ ACTION_DELETE: Final = 2
 
 
 def expires_ms(policy: Mapping[str, Any], created_ms: int, appended_ms: int) -> int:
-    """When a session with this policy expires, in ms since 1970; 0 for never. appended_ms: 0 where nothing was."""
+    """When a session with this policy expires, in ms since 1970; 0 for never.
+
+    appended_ms: when its newest turn was appended, or when it was made: created_ms may be said by an import.
+    """
     expiry = policy.get("expiry")
     if not expiry:
         return 0

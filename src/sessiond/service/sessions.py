@@ -16,7 +16,7 @@ from typing import Any, Final, TypeVar
 from sessiond.core import rules
 from sessiond.core import state as states
 from sessiond.core.expiry import lifecycle_at
-from sessiond.core.manifest import LIFECYCLE_ARCHIVED, LIFECYCLE_DELETED, Manifest
+from sessiond.core.manifest import LIFECYCLE_ACTIVE, LIFECYCLE_ARCHIVED, LIFECYCLE_DELETED, Manifest
 from sessiond.core.state import State
 from sessiond.errors import (
     REASONS,
@@ -187,6 +187,8 @@ class Sessions:
 
     def _lifecycle(self, what: Head | Manifest) -> int:
         """Where a session is in its life now; its time may have come before anybody wrote that down."""
+        if not what.expires_ms:
+            return what.lifecycle
         return lifecycle_at(what.lifecycle, what.policy, what.expires_ms, self._parts.expiry_ms())
 
     def _admit(self, session_id: str, head: Head, user_id: str) -> None:
@@ -264,8 +266,11 @@ class Sessions:
             return True
         return await self._off_loop(self._parts.claims.claim, cold, loss, self._parts.clock_ms())
 
-    async def _own(self, h: bytes, session_id: str, user_id: str) -> None:
-        """Return once this node owns the session and holds its rows. Raises NotFound, Unavailable, Corrupt."""
+    async def _own(self, h: bytes, session_id: str, user_id: str, *, writes: bool = False) -> None:
+        """Return once this node owns the session and holds its rows. writes: in order to append to it.
+
+        Raises NotFound, Unavailable, Corrupt, Denied SESSION_ARCHIVED.
+        """
         for attempt in range(OWN_ATTEMPTS_MAX):
             await self._settle_doubt(h)
             head = self._peek(h)
@@ -277,6 +282,8 @@ class Sessions:
             claiming = self._claiming.get(h)
             if claiming is None:
                 cold = await self._cold(h, session_id, user_id)
+                if writes and self._lifecycle(cold.manifest) == LIFECYCLE_ARCHIVED:
+                    raise log.archived(session_id)  # before a claim that would change nothing
                 claiming = self._start_claim(h, cold, self._loss(cold.manifest))
             if not await asyncio.shield(claiming):
                 await asyncio.sleep(min(0.25, 0.005 * 2**attempt))
@@ -734,16 +741,18 @@ class Sessions:
             cloud_seq=manifest.head,
         )
         losses = list(manifest.loss)
-        claimable = True
+        # What is read-only needs no owner.
+        claimable = self._lifecycle(manifest) == LIFECYCLE_ACTIVE
+        reachable = True
         try:
             loss = self._loss(manifest)
             if loss is not None:
                 losses.append(loss)
         except Unavailable:
-            claimable = False
+            claimable = reachable = False
         source = ColdSource(manifest)
         self._judge(standing, request, losses, state, source)
-        if not claimable:
+        if not reachable:
             standing.rung = context_pb2.RUNG_PARTIAL
             standing.missing.append(unreachable(manifest))
             standing.notice = standing.notice or "The newest part of this conversation can't be reached at the moment."
@@ -787,7 +796,7 @@ class Sessions:
         spec: Spec | None = None
         if request.HasField("context"):
             # A context that can't be made must be refused before anything is appended; the session's policy decides.
-            await self._own(h, request.session_id, request.user_id)
+            await self._own(h, request.session_id, request.user_id, writes=True)
             spec = await self._spec(request.context, self._policy(h))
             if spec.new_message is not None:
                 raise invalid("INVALID_CONTEXT", "context.new_message", "an append's new message is among its turns")
@@ -839,13 +848,13 @@ class Sessions:
                 return dict(decode_committed(h, transaction.get("manifests", h)).birth["metadata"])
 
             try:
-                expiry_ms = self._parts.expiry_ms()
-                return log.append(transaction, h, session_id, turns, expected, state_etag, now_ms, expiry_ms, birth)
+                clock = self._parts.expiry_ms
+                return log.append(transaction, h, session_id, turns, expected, state_etag, now_ms, clock, birth)
             except log.HistoryNeeded as needed:
                 return needed
 
         for _ in range(ATTEMPTS_MAX):
-            await self._own(h, session_id, user_id)
+            await self._own(h, session_id, user_id, writes=True)
             if self._hot.is_full():
                 raise hot_tier_full(self._hot)
             try:

@@ -21,9 +21,10 @@ SMALL_BYTES_MAX: Final = 1024**2
 # So many small neighbours are merged when a flush has the time, and so many in any case.
 MERGE_SEGMENTS_MIN: Final = 32
 MERGE_SEGMENTS_OVERDUE: Final = 64
-# What a merge replaced is deleted so long after it: no reader holds a manifest for as long as this.
-REPLACED_KEPT_MS: Final = 10 * 60 * 1000
-# The manifest's key, unknown to older writers, which carry it along: rows [name, replaced at ms].
+# What a merge replaced is deleted so long after it: no reader works with one manifest for as long as this, and one that
+# does finds the object gone and reads the manifest again.
+REPLACED_KEPT_MS: Final = 2 * 60 * 1000
+# The manifest's key, unknown to older writers, which carry it along: rows [name without s/<hash>/, replaced at ms].
 REPLACED_KEY: Final = "replaced"
 
 
@@ -79,6 +80,14 @@ def row_key(manifest: Manifest, row: list[Any]) -> str:
     return segment_key(bytes(row[8]) or manifest.h, int(row[0]), int(row[1]), bytes(row[3]))
 
 
-def replaced(manifest: Manifest) -> list[list[Any]]:
-    """Rows [name, replaced at ms] of objects that a merge replaced and that are to be deleted."""
-    return [list(row) for row in manifest.extra.get(REPLACED_KEY, [])]
+def replaced(manifest: Manifest) -> list[tuple[str, int]]:
+    """(key, replaced at ms) of the objects that a merge or a newer index replaced and that are to be deleted."""
+    return [(f"s/{manifest.h.hex()}/{name}", int(at_ms)) for name, at_ms in manifest.extra.get(REPLACED_KEY, [])]
+
+
+def with_replaced(manifest: Manifest, rows: list[tuple[str, int]]) -> dict[str, Any]:
+    """What else a manifest carries, with these rows as what is to be deleted."""
+    rest = {key: value for key, value in manifest.extra.items() if key != REPLACED_KEY}
+    if rows:
+        rest[REPLACED_KEY] = [[key.rsplit("/", 1)[1], at_ms] for key, at_ms in rows]
+    return rest

@@ -40,11 +40,11 @@ from sessiond.tiers.cloud.store import Ambiguous, ObjectStore, StoreError
 from sessiond.tiers.compact import (
     MERGE_SEGMENTS_OVERDUE,
     REPLACED_KEPT_MS,
-    REPLACED_KEY,
     mergeable,
     replaced,
     row_key,
     seal,
+    with_replaced,
 )
 from sessiond.tiers.hot import log
 from sessiond.tiers.hot.environment import Environment, Transaction
@@ -446,9 +446,9 @@ class Flusher:
         key, body, row = seal(manifest, manifest.epoch, frames)
         self._put_immutable(key, body)
         now_ms = self._clock_ms()
-        gone = [[row_key(manifest, old), now_ms] for old in rows]
+        gone = [(row_key(manifest, old), now_ms) for old in rows]
         manifest.segments = [*manifest.segments[: run[0]], row, *manifest.segments[run[1] :]]
-        manifest.extra = {**manifest.extra, REPLACED_KEY: [*replaced(manifest), *gone]}
+        manifest.extra = with_replaced(manifest, replaced(manifest) + gone)
         self.merges += 1
 
     def _delete_replaced(self, manifest: Manifest) -> None:
@@ -554,14 +554,8 @@ class Flusher:
             expires_ms=head.expires_ms,
             written_ms=self._clock_ms(),
             payload=kept_frames + inline,
-            extra=self._without_deleted(base),
+            extra=with_replaced(base, [row for row in replaced(base) if row[0] not in self._deleted_names]),
         )
-
-    def _without_deleted(self, base: Manifest) -> dict[str, Any]:
-        """What else the manifest carries, without the names of objects that are gone."""
-        left = [row for row in replaced(base) if row[0] not in self._deleted_names]
-        rest = {key: value for key, value in base.extra.items() if key != REPLACED_KEY}
-        return {**rest, REPLACED_KEY: left} if left else rest
 
     def _put_segment(self, cut: _Cut) -> list[Any]:
         """Seal the tail into one immutable object and return its row."""
@@ -591,8 +585,8 @@ class Flusher:
         name = segment_index_key(manifest.h, manifest.mutation, hashlib.sha256(body).digest())
         self._put_immutable(name, body)
         if manifest.index is not None:
-            before = [[manifest.index[0], self._clock_ms()]]
-            manifest.extra = {**manifest.extra, REPLACED_KEY: [*replaced(manifest), *before]}
+            before = (str(manifest.index[0]), self._clock_ms())
+            manifest.extra = with_replaced(manifest, [*replaced(manifest), before])
         manifest.index = [name, moved[0][1], moved[-1][2], len(moved)]
         manifest.segments = kept
 

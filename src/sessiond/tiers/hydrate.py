@@ -300,7 +300,7 @@ def first_manifest(
         inline_first=1,
         loss=[],
         lifecycle=LIFECYCLE_ACTIVE,
-        expires_ms=expires_ms(policy, int(birth["created_ms"]), 0),
+        expires_ms=expires_ms(policy, int(birth["created_ms"]), now_ms),
         written_ms=now_ms,
     )
 

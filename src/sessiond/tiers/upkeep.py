@@ -34,7 +34,7 @@ EVICT_BATCH: Final = 256
 EVICT_PERCENT: Final = 5
 # Under pressure a session is released after so little rest.
 PRESSED_IDLE_MS: Final = 10_000
-# Between two looks for something to evict that found nothing.
+# Between two looks through all sessions for something to evict, if the first did not bring enough.
 EVICT_PAUSE_TICKS: Final = 8
 # Rows of the expiry index that are handled in one tick.
 SWEEP_ROWS: Final = 16
@@ -223,8 +223,7 @@ class Upkeep:
         if not self._flusher.failing:
             for h in owned:
                 self._release(h, pressed_ms)
-        if not released:
-            self._evict_pause = EVICT_PAUSE_TICKS
+        self._evict_pause = EVICT_PAUSE_TICKS
 
     def _least_used(self) -> tuple[list[bytes], list[bytes]]:
         """(released sessions, idle sessions that could be released), those first that were used least recently."""

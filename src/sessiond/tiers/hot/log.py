@@ -287,19 +287,27 @@ def deleted(session: str) -> NotFound:
     return NotFound("SESSION_DELETED", f"Session {session!r} was deleted.", {"session_id": session})
 
 
-def check_writable(head: Head | None, session: str, expiry_ms: int) -> Head:
-    """The head, if this node may append to it. expiry_ms: what expiry is judged by. Raises NotFound, Unavailable,
-    Denied.
+def archived(session: str) -> Denied:
+    """The refusal of an append to a session that is read-only."""
+    return Denied("SESSION_ARCHIVED", f"Session {session!r} is archived.", {"session_id": session})
+
+
+def check_writable(head: Head | None, session: str, expiry_ms: Callable[[], int]) -> Head:
+    """The head, if this node may append to it. expiry_ms: the clock that expiry is judged by.
+
+    Raises NotFound, Unavailable, Denied.
     """
     if head is None:
         raise NotFound("SESSION_NOT_FOUND", f"There is no session {session!r}.", {"session_id": session})
     if head.phase != PHASE_OWNED:
         raise Unavailable("NOT_OWNER", f"This node does not own session {session!r} now.", {"session_id": session})
-    lifecycle = lifecycle_at(head.lifecycle, head.policy, head.expires_ms, expiry_ms)
+    lifecycle = head.lifecycle
+    if head.expires_ms:
+        lifecycle = lifecycle_at(lifecycle, head.policy, head.expires_ms, expiry_ms())
     if lifecycle == LIFECYCLE_DELETED:
         raise deleted(session)
     if lifecycle != LIFECYCLE_ACTIVE:
-        raise Denied("SESSION_ARCHIVED", f"Session {session!r} is archived.", {"session_id": session})
+        raise archived(session)
     return head
 
 
@@ -311,13 +319,13 @@ def append(
     expected: tuple[int, int] | None,
     state_etag: tuple[int, int] | None,
     now_ms: int,
-    expiry_ms: int,
+    expiry_ms: Callable[[], int],
     birth_metadata: Callable[[], dict[str, str]],
 ) -> Appended:
     """Append turns of one session, all or none, inside a write transaction.
 
     expected: (epoch or 0, seq) of the head that the caller believes in. state_etag: place of the last state turn.
-    now_ms: what turns are dated by. expiry_ms: what expiry is judged by.
+    now_ms: what turns are dated by. expiry_ms: the clock that expiry is judged by.
     Raises NotFound, Unavailable NOT_OWNER, Conflict (TURN_ID_REUSED, EXPECTED_MISMATCH, STATE_ETAG_MISMATCH), Invalid,
     Exhausted PINS_FULL, HistoryNeeded, Corrupt; nothing is written then.
     """
