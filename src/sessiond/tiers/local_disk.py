@@ -1,4 +1,7 @@
-"""Which filesystem a folder is on: locks and fsync are trusted on local disks only. Looks, and never writes."""
+"""Which filesystem a folder is on, and that its name is on disk: locks and fsync are trusted on local disks only.
+
+It never writes to a file.
+"""
 
 from __future__ import annotations
 
@@ -49,3 +52,23 @@ def refuse_network(root: str, setting: str) -> None:
             {"folder": root, "filesystem": kind},
             [(setting, f"{root} is on {kind}")],
         )
+
+
+def settle_names(folder: str) -> None:
+    """See to it that the names of what is in the absolute path are on disk, and its own, up to the mount point.
+
+    Any of the folders may have been made just now, by us or by one that was killed. Raises OSError.
+    """
+    device = os.stat(folder).st_dev
+    while os.stat(folder).st_dev == device:
+        try:
+            at = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except PermissionError:
+            return  # whoever may not read it has not made what is in it
+        try:
+            os.fsync(at)
+        finally:
+            os.close(at)
+        if folder == "/":
+            return
+        folder = os.path.dirname(folder)

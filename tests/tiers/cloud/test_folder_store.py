@@ -361,6 +361,16 @@ def test_a_note_of_a_folder_that_is_gone_is_dropped(root: Path):
     assert notes(root) == []
 
 
+@pytest.mark.parametrize("left", [bytes(40), b"m\0\0\0", b"\xff\xfe"], ids=["zeros", "a piece", "other bytes"])
+def test_a_note_that_a_power_cut_left_torn_is_dropped(root: Path, left: bytes):
+    FolderStore(root).put("m/1", b"one")
+    for lock in (root / ".locks").iterdir():
+        lock.write_bytes(left)
+    store = FolderStore(root)
+    assert store.get("m/1").body == b"one"
+    assert notes(root) == []
+
+
 # A root that goes away
 
 

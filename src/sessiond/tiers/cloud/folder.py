@@ -53,7 +53,7 @@ from sessiond.tiers.cloud.store import (
     StoreError,
     StoreUnavailable,
 )
-from sessiond.tiers.local_disk import refuse_network
+from sessiond.tiers.local_disk import refuse_network, settle_names
 
 # Part of the layout: releases that share a folder have to agree on which lock guards a key.
 SHARDS = 64
@@ -187,20 +187,7 @@ class FolderStore(ObjectStore):
         except OSError as error:
             if error.errno not in _FULL:
                 raise
-        # Up to the mount point, because any of these may have been made just now, by us or by one that was killed.
-        folder, device = self._root, os.stat(self._root).st_dev
-        while os.stat(folder).st_dev == device:
-            try:
-                at = _open_folder(folder)
-            except PermissionError:
-                break  # whoever may not read it has not made what is in it
-            try:
-                os.fsync(at)
-            finally:
-                os.close(at)
-            if folder == "/":
-                break
-            folder = os.path.dirname(folder)
+        settle_names(self._root)
 
     def _clear_leftovers(self) -> None:
         """Remove the temps and settle the notes of the killed; shards locked by the living are left alone."""
@@ -275,8 +262,11 @@ class FolderStore(ObjectStore):
 
     def _settle(self, lock: int) -> None:
         """Fsync the folder that a killed holder of this lock noted, then empty the note (rule 3)."""
-        folder = os.path.join(self._root, os.pread(lock, os.fstat(lock).st_size, 0).decode())
-        with suppress(FileNotFoundError, NotADirectoryError):
+        note = os.pread(lock, os.fstat(lock).st_size, 0)
+        folder = os.path.join(self._root, os.fsdecode(note))
+        # The note is never fsynced: a power cut may leave zeros in its place, or a piece of it, which names no folder
+        # or one whose fsync does no harm. What it stood for is on disk then, or was never visible.
+        with suppress(FileNotFoundError, NotADirectoryError, ValueError):
             at = _open_folder(folder)
             try:
                 os.fsync(at)

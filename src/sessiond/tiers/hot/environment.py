@@ -34,11 +34,12 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import fcntl
 import os
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, TypeVar, cast
 
@@ -46,8 +47,11 @@ import lmdb
 
 from sessiond.errors import Corrupt, Denied, Exhausted, Invalid, SessiondError, Unavailable
 from sessiond.tiers.hot.rows import unwrap, wrap
+from sessiond.tiers.local_disk import settle_names
 
 FORMAT_VERSION: Final = 1
+# The folder in which an environment is made.
+UNFINISHED: Final = ".new"
 META_FORMAT: Final = b"format"
 META_INCARNATION: Final = b"incarnation"
 META_STORE: Final = b"store"
@@ -141,7 +145,9 @@ class Environment:
         self.group_max = group_max
         try:
             path.mkdir(parents=True, exist_ok=True)
-            # lib_version=0 lets the binding take whatever data version its LMDB writes; see py-lmdb 3.
+            _make_if_absent(path, map_size_bytes)
+            # LMDB fsyncs the file and not its name, without which the file is nothing.
+            settle_names(str(path))
             self._env = lmdb.open(
                 str(path),
                 map_size=map_size_bytes,
@@ -151,6 +157,7 @@ class Environment:
                 metasync=True,
                 writemap=False,
                 lock=True,
+                # Lets the binding take whatever data version its LMDB writes; see py-lmdb 3.
                 lib_version=0,
             )
         except (OSError, lmdb.Error) as error:
@@ -175,7 +182,7 @@ class Environment:
             self.opened_at = int(info["last_txnid"])
             self._env.reader_check()
             self._tables = {name: self._env.open_db(name.encode()) for name in TABLES}
-            self.incarnation = self._settle_meta()
+            self.incarnation = _settle_meta(self._env, self._tables, path)
             self._commits_unmeasured = self._bytes_unmeasured = 0
             with self._env.begin() as raw:
                 self._used_bytes = self._measured(raw)
@@ -193,22 +200,6 @@ class Environment:
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
-
-    def _settle_meta(self) -> bytes:
-        with self._env.begin(write=True) as raw:
-            transaction = Transaction(raw, self._tables)
-            version = transaction.get("meta", META_FORMAT)
-            if version is None:
-                transaction.put("meta", META_FORMAT, FORMAT_VERSION.to_bytes(4, "big"))
-                _put_incarnation(transaction, os.urandom(16))
-            incarnation = _incarnation(transaction, self.path)
-            # A commit that changes something, at every start: a process that was killed between its last write and the
-            # fsync leaves pages that can be seen and are not on the disk. Nothing is served from them before this
-            # commit's fsync has put all of the file there. It also finds a disk that takes no writes before anybody
-            # relies on it.
-            opened = int.from_bytes(transaction.get("meta", META_OPENED) or b"", "big") + 1
-            transaction.put("meta", META_OPENED, opened.to_bytes(8, "big"))
-            return incarnation
 
     def bind_store(self, store_id: bytes) -> None:
         """Tie this hot tier to its bucket at first use. Raises Invalid WRONG_STORE if it is tied to another."""
@@ -519,6 +510,55 @@ class Reader:
     def close(self) -> None:
         """Close it."""
         self._env.close()
+
+
+def _make_if_absent(path: Path, map_size_bytes: int) -> None:
+    """Make an environment under another name, and give it its own once it is whole and on disk.
+
+    LMDB writes its first pages without an fsync: a power cut in that moment would leave a file that never opens again.
+    """
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        # Whoever makes it is alone: one that is renamed over one in use would take its turns with it.
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        fresh = path / UNFINISHED
+        _remove(fresh)
+        if (path / "data.mdb").exists():
+            return
+        fresh.mkdir()
+        env = lmdb.open(str(fresh), map_size=map_size_bytes, max_dbs=len(TABLES), lib_version=0)
+        try:
+            _settle_meta(env, {name: env.open_db(name.encode()) for name in TABLES}, path)
+        finally:
+            env.close()
+        os.rename(fresh / "data.mdb", path / "data.mdb")
+        _remove(fresh)
+    finally:
+        os.close(folder)
+
+
+def _remove(fresh: Path) -> None:
+    with suppress(FileNotFoundError):
+        for name in os.listdir(fresh):
+            (fresh / name).unlink()
+        fresh.rmdir()
+
+
+def _settle_meta(env: Any, tables: dict[str, Any], path: Path) -> bytes:
+    """Write format and incarnation where there are none yet; whose the environment is."""
+    with env.begin(write=True) as raw:
+        transaction = Transaction(raw, tables)
+        if transaction.get("meta", META_FORMAT) is None:
+            transaction.put("meta", META_FORMAT, FORMAT_VERSION.to_bytes(4, "big"))
+            _put_incarnation(transaction, os.urandom(16))
+        incarnation = _incarnation(transaction, path)
+        # A commit that changes something, at every start: a process that was killed between its last write and the
+        # fsync leaves pages that can be seen and are not on the disk. Nothing is served from them before this
+        # commit's fsync has put all of the file there. It also finds a disk that takes no writes before anybody
+        # relies on it.
+        opened = int.from_bytes(transaction.get("meta", META_OPENED) or b"", "big") + 1
+        transaction.put("meta", META_OPENED, opened.to_bytes(8, "big"))
+        return incarnation
 
 
 def _incarnation(transaction: Transaction, path: Path) -> bytes:
