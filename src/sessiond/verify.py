@@ -155,9 +155,11 @@ class _Checker:
             turns = [turn for turn in turns if turn.header.seq < first]
             turns += [turn for turn in self._turns(h, hot_frames, unreadable) if turn.header.seq >= first]
         if hot is not None and cloud is not None:
-            hot.ours = bool(
-                cloud.epoch == hot.epoch and cloud.owner and self._hot and cloud.owner[0] == self._hot.incarnation
-            )
+            owner = cloud.owner[0] if cloud.owner else b""
+            if not owner and head is not None and head.phase == PHASE_RELEASING:
+                # A crash came between the store's answer to a release and our row: whose release was it?
+                owner = cloud.epochs[-1][1]
+            hot.ours = bool(cloud.epoch == hot.epoch and self._hot and owner == self._hot.incarnation)
         manifest = cloud or base
         assert manifest is not None or head is not None
         view = View(
