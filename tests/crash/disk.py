@@ -14,7 +14,7 @@ The model, by which an image of an instant is made:
    a write are its sectors of 512 bytes, each whole or not at all, in any order. Of several writes to one sector any
    prefix may have happened: they went through one page of memory, so a later one carries the earlier.
 4. The size of a file is not bound to its data: it has any of the values that it had since the last durable one. Data
-   beyond it is gone; below it, what no data arrived for reads as zeros.
+   beyond it is gone; below it, what no data arrived for reads as zeros. Space that was allocated is size and no data.
 5. A name in a folder points at what it pointed at when it was last durable, or at anything since. Each name is on its
    own, also the two names of a rename. What stands in a folder whose own name is not there is not there either.
 
@@ -41,7 +41,7 @@ SECTOR: Final = 512
 MAGIC: Final = b"CRASHTR1"
 HEADER: Final = struct.Struct("<8sQQQ")
 RECORD: Final = struct.Struct("<IHHQQQQ")
-END, OPEN, WRITE, TRUNCATE, FSYNC, RENAME, UNLINK, MKDIR = range(8)
+END, OPEN, WRITE, TRUNCATE, FSYNC, RENAME, UNLINK, MKDIR, ALLOCATE = range(9)
 BLIND: Final = {
     1: "the trace is full",
     2: "a second process wrote",
@@ -182,6 +182,13 @@ class Body:
         self.pending = left
         self.version += 1
 
+    def size(self) -> int:
+        """How large it is for a reader while the machine runs."""
+        size = len(self.durable)
+        for operation in self.pending:
+            size = _size_after(size, operation)
+        return size
+
     def latest(self) -> bytes:
         """What a reader sees of it while the machine runs: everything arrived."""
         content = bytearray(self.durable)
@@ -313,8 +320,11 @@ class Disk:
                 raise TraceRefused(f"{before} was renamed and is no file")
             self._point(after, operation, moved)
             self._point(before, operation, None)
-        elif operation.kind in (WRITE, TRUNCATE):
-            self._body(operation).pending.append(operation)
+        elif operation.kind in (WRITE, TRUNCATE, ALLOCATE):
+            body = self._body(operation)
+            if operation.kind == TRUNCATE and operation.offset >= body.size():
+                operation.kind = ALLOCATE  # it makes the file longer, which takes nothing away
+            body.pending.append(operation)
 
     def _end(self, operation: Operation) -> None:
         if operation.kind == OPEN and operation.result == 0:
@@ -407,7 +417,7 @@ class Disk:
         masks = _masks([_sectors(row) for row in pending], rng)
         sizes = [len(body.durable)]
         for row in pending:
-            sizes.append(row.offset if row.kind == TRUNCATE else max(sizes[-1], row.offset + len(row.data)))
+            sizes.append(_size_after(sizes[-1], row))
         if any(row.kind == TRUNCATE for row in pending):
             if max(sizes) > SECTOR:
                 raise TraceRefused("a file of more than one sector was truncated")
@@ -419,8 +429,15 @@ class Disk:
         return Choice(body, masks, size)
 
 
+def _size_after(size: int, operation: Operation) -> int:
+    """How large a file of this size is after the operation."""
+    if operation.kind == TRUNCATE:
+        return operation.offset
+    return max(size, operation.offset + len(operation.data))
+
+
 def _sectors(operation: Operation) -> int:
-    """How many sectors a write touches; a truncation counts as one, that in which the file ends."""
+    """How many sectors a write touches; a truncation counts as one, that in which the file ends, an allocation as none."""
     if operation.kind == TRUNCATE:
         return 1
     if not operation.data:
@@ -429,9 +446,11 @@ def _sectors(operation: Operation) -> int:
 
 
 def _overlap(one: Operation, other: Operation) -> bool:
-    first, second = one.offset // SECTOR, other.offset // SECTOR
     if TRUNCATE in (one.kind, other.kind):
         return True
+    if not (_sectors(one) and _sectors(other)):
+        return False
+    first, second = one.offset // SECTOR, other.offset // SECTOR
     return first < second + _sectors(other) and second < first + _sectors(one)
 
 

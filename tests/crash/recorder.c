@@ -21,7 +21,7 @@
  *     6  2  1 if the write is durable by itself once it returned (O_DSYNC, O_SYNC)
  *     8  8  operation: what ties an END to its beginning
  *    16  8  file: a number per open(), which the END of the OPEN gives
- *    24  8  offset of a write; the new size of a TRUNCATE; the flags of an OPEN; the result of an END
+ *    24  8  offset of a write; the new size of a TRUNCATE, the least size after an ALLOCATE; the flags of an OPEN; the result of an END
  *    32  8  length of the payload in bytes
  *    40  .  payload: bytes of a write; path of an OPEN, MKDIR, UNLINK or FSYNC; both paths of a RENAME, with a NUL
  *
@@ -50,7 +50,7 @@
 #define RECORD_BYTES 40
 #define DESCRIPTORS_MAX 65536
 
-enum kind { END = 0, OPEN = 1, WRITE = 2, TRUNCATE = 3, FSYNC = 4, RENAME = 5, UNLINK = 6, MKDIR = 7 };
+enum kind { END = 0, OPEN = 1, WRITE = 2, TRUNCATE = 3, FSYNC = 4, RENAME = 5, UNLINK = 6, MKDIR = 7, ALLOCATE = 8 };
 
 enum blind {
     TRACE_FULL = 1,
@@ -316,6 +316,19 @@ DEFINE_PWRITEV(pwritev64, off64_t)
 DEFINE_TRUNCATE(ftruncate, off_t)
 DEFINE_TRUNCATE(ftruncate64, off64_t)
 
+/* It answers with an error's number, not with -1. Where the filesystem can't do it, the C library writes zeros. */
+#define DEFINE_ALLOCATE(name, type)                                                                                    \
+    int name(int fd, type offset, type length) {                                                                       \
+        struct descriptor *at = known(fd);                                                                             \
+        if (!at) return REAL(name)(fd, offset, length);                                                                \
+        uint64_t operation = note(ALLOCATE, 0, at->file, (uint64_t)(offset + length), 0, NULL, 0);                     \
+        int failed = REAL(name)(fd, offset, length);                                                                   \
+        note_end(operation, 0, -failed);                                                                               \
+        return failed;                                                                                                 \
+    }
+DEFINE_ALLOCATE(posix_fallocate, off_t)
+DEFINE_ALLOCATE(posix_fallocate64, off64_t)
+
 /* ---- fsync --------------------------------------------------------------------------------------------------- */
 
 #define DEFINE_FSYNC(name)                                                                                             \
@@ -390,8 +403,6 @@ BLIND_FD(ssize_t, pwritev2, (int fd, const struct iovec *p, int n, off_t o, int 
 BLIND_FD(ssize_t, pwritev64v2, (int fd, const struct iovec *p, int n, off64_t o, int f), (fd, p, n, o, f), fd)
 BLIND_FD(int, fallocate, (int fd, int m, off_t o, off_t n), (fd, m, o, n), fd)
 BLIND_FD(int, fallocate64, (int fd, int m, off64_t o, off64_t n), (fd, m, o, n), fd)
-BLIND_FD(int, posix_fallocate, (int fd, off_t o, off_t n), (fd, o, n), fd)
-BLIND_FD(int, posix_fallocate64, (int fd, off64_t o, off64_t n), (fd, o, n), fd)
 BLIND_FD(ssize_t, sendfile, (int fd, int from, off_t *o, size_t n), (fd, from, o, n), fd)
 BLIND_FD(ssize_t, sendfile64, (int fd, int from, off64_t *o, size_t n), (fd, from, o, n), fd)
 BLIND_FD(ssize_t, copy_file_range, (int from, off64_t *a, int fd, off64_t *b, size_t n, unsigned f),
