@@ -159,11 +159,13 @@ def read_trace(path: Path, folder: str) -> Trace:
 class Body:
     """One file: what is durable of it, and what is in flight, oldest first."""
 
-    __slots__ = ("digest", "durable", "number", "pending", "version")
+    __slots__ = ("digest", "durable", "durable_size", "number", "pending", "version")
 
     def __init__(self, number: int) -> None:
         self.number = number
+        # Without the zeros up to its size that nothing was written to.
         self.durable = bytearray()
+        self.durable_size = 0
         self.pending: list[Operation] = []
         # Counts the changes of `durable`, so that (number, version, choice) names an image of this file.
         self.version = 0
@@ -179,12 +181,13 @@ class Body:
             if any(_overlap(earlier, operation) for earlier in left):
                 raise TraceRefused("a durable write covers sectors of an earlier one that is still in flight")
             _apply(self.durable, operation)
+            self.durable_size = _size_after(self.durable_size, operation)
         self.pending = left
         self.version += 1
 
     def size(self) -> int:
         """How large it is for a reader while the machine runs."""
-        size = len(self.durable)
+        size = self.durable_size
         for operation in self.pending:
             size = _size_after(size, operation)
         return size
@@ -194,7 +197,7 @@ class Body:
         content = bytearray(self.durable)
         for operation in self.pending:
             _apply(content, operation)
-        return bytes(content)
+        return bytes(content.ljust(self.size(), b"\0"))
 
     def content_digest(self) -> bytes:
         """blake2b of the durable bytes, reckoned once per version."""
@@ -231,10 +234,22 @@ class Choice:
         """Equal keys are equal bytes."""
         return self.body.number, self.body.version, self.masks, self.size
 
-    def bytes(self) -> bytes | bytearray:
-        """The bytes of the image; the durable ones themselves where nothing is in flight."""
+    def bytes(self) -> bytes:
+        """The bytes of the image."""
+        content, size = self._content()
+        return bytes(content.ljust(size, b"\0"))
+
+    def lay(self, path: Path) -> None:
+        """Write the image to a new file; the zeros at its end take no space and no time."""
+        content, size = self._content()
+        with path.open("wb") as file:
+            file.write(content)
+            file.truncate(size)
+
+    def _content(self) -> tuple[bytearray, int]:
+        """(what is not all zeros up to the end, the size)."""
         if self.size < 0:
-            return self.body.durable
+            return self.body.durable, self.body.durable_size
         content = bytearray(self.body.durable)
         newest: dict[int, int] = {}
         for index, (operation, mask) in enumerate(zip(self.body.pending, self.masks, strict=True)):
@@ -256,11 +271,8 @@ class Choice:
                     if len(content) < start:
                         content.extend(bytes(start - len(content)))
                     content[start:stop] = data[start - offset : stop - offset]
-        if len(content) > self.size:
-            del content[self.size :]
-        else:
-            content.extend(bytes(self.size - len(content)))
-        return content
+        del content[self.size :]
+        return content, self.size
 
 
 class Disk:
@@ -415,7 +427,7 @@ class Disk:
         if not pending:
             return Choice(body)
         masks = _masks([_sectors(row) for row in pending], rng)
-        sizes = [len(body.durable)]
+        sizes = [body.durable_size]
         for row in pending:
             sizes.append(_size_after(sizes[-1], row))
         if any(row.kind == TRUNCATE for row in pending):
@@ -437,7 +449,7 @@ def _size_after(size: int, operation: Operation) -> int:
 
 
 def _sectors(operation: Operation) -> int:
-    """How many sectors a write touches; a truncation counts as one, that in which the file ends, an allocation as none."""
+    """How many sectors a write touches; a truncation counts as one, an allocation as none."""
     if operation.kind == TRUNCATE:
         return 1
     if not operation.data:
@@ -457,7 +469,7 @@ def _overlap(one: Operation, other: Operation) -> bool:
 def _apply(content: bytearray, operation: Operation) -> None:
     if operation.kind == TRUNCATE:
         del content[operation.offset :]
-        content.extend(bytes(operation.offset - len(content)))
+    if operation.kind != WRITE:
         return
     if len(content) < operation.offset:
         content.extend(bytes(operation.offset - len(content)))

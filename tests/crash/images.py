@@ -27,7 +27,6 @@ import argparse
 import contextlib
 import hashlib
 import json
-import math
 import os
 import random
 import shutil
@@ -138,7 +137,7 @@ class ImageStore(ObjectStore):
     def get(self, key: str, first_byte: int | None = None, last_byte: int | None = None) -> Stored:
         if key not in self.objects:
             raise ObjectNotFound(key, "not in the image")
-        body = bytes(self.objects[key].bytes())
+        body = self.objects[key].bytes()
         if first_byte is not None and last_byte is not None:
             body = body[first_byte : last_byte + 1]
         return Stored(body, "")
@@ -216,7 +215,7 @@ class Examiner:
         started = time.monotonic()
         order = sorted((self.instant_of(number), number) for number in numbers)
         # Neighbours in time hold the same sessions, so each process takes a stretch; later ones hold more turns.
-        first, last = (round(len(order) * math.sqrt(at / shares)) for at in (share, share + 1))
+        first, last = (round(len(order) * (at / shares) ** 0.8) for at in (share, share + 1))
         for instant, number in order[first:last]:
             self._disk.advance(instant)
             # Whoever started this process reads which image ended it, if one does.
@@ -315,7 +314,7 @@ class Examiner:
         choice = store.objects.get(BUCKET_KEY)
         if choice is None:
             return None
-        content = bytes(choice.bytes())
+        content = choice.bytes()
         if content not in self._buckets:
             self._buckets[content] = open_bucket(store, b"", 0, make=False)
         return self._buckets[content]
@@ -356,7 +355,7 @@ class Examiner:
         for name, choice in {**objects, **held}.items():
             path = cloud / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(choice.bytes())
+            choice.lay(path)
         _lay_hot(place / "hot", data)
 
     def _serve(self, place: Path) -> Iterator[str]:
@@ -384,7 +383,7 @@ def _lay_hot(folder: Path, data: Choice | None) -> None:
     for name in ("data.mdb", "lock.mdb"):
         (folder / name).unlink(missing_ok=True)
     if data is not None:
-        (folder / "data.mdb").write_bytes(data.bytes())
+        data.lay(folder / "data.mdb")
 
 
 def _rows(folder: Path) -> dict[bytes, bytes]:
@@ -425,7 +424,7 @@ def _object_digests(store: ImageStore, h: bytes) -> list[bytes]:
     for prefix in (f"m/{h.hex()}", f"s/{h.hex()}/", f"o/{h.hex()}/"):
         for row in store.list(prefix):
             choice = store.objects[row.key]
-            torn = b"" if choice.size < 0 else bytes(choice.bytes())
+            torn = b"" if choice.size < 0 else choice.bytes()
             found.append(row.key.encode() + choice.body.content_digest() + torn)
     return found
 
