@@ -410,13 +410,16 @@ class Disk:
                 found.update(self.pick_tree(target, rng, without, f"{prefix}{name}/"))
         return found
 
-    def visible_files(self, path: str) -> dict[str, bytes]:
-        """Every file below a folder as a reader sees it while the machine runs."""
-        found: dict[str, bytes] = {}
+    def visible_files(self, path: str) -> dict[str, bytes | None]:
+        """Every file below a folder as a reader sees it; None where a call that the run's end cut off was changing it."""
+        found: dict[str, bytes | None] = {}
         for name, entry in self.folders.get(path, {}).items():
             target = entry.visible
-            if isinstance(target, Body):
-                found[f"{path}/{name}"] = target.latest()
+            if any(row.end is None for row, _ in entry.pending):
+                found[f"{path}/{name}"] = None
+            elif isinstance(target, Body):
+                cut_off = any(row.end is None for row in target.pending)
+                found[f"{path}/{name}"] = None if cut_off else target.latest()
             elif target is not None:
                 found.update(self.visible_files(target))
         return found

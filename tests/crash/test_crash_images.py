@@ -20,6 +20,7 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
+import grpc
 import pytest
 
 from sessiond.testing import running_daemon
@@ -35,6 +36,8 @@ NEVER_MS = 3_600_000
 PROCESSES = 2
 JUDGE_TIMEOUT_S = 1800
 DAEMON_EVERY = 50
+# Of one writer.
+REFUSED_MAX = 20
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -84,10 +87,16 @@ class Writers:
         wire = Wire(self.address)
         try:
             rng = random.Random(f"{self.load.seed}:{writer}")
-            number = 0
+            number = refused = 0
             while len(self.acks) < self.load.acks:
                 number += 1
-                self._call(wire, rng, f"s{rng.randrange(SESSIONS)}", f"w{writer}-{number}")
+                try:
+                    self._call(wire, rng, f"s{rng.randrange(SESSIONS)}", f"w{writer}-{number}")
+                except grpc.RpcError as error:
+                    # No answer is no acknowledgement: on a busy machine, or of a broken daemon, a commit may come late.
+                    refused += 1
+                    if error.code() != grpc.StatusCode.UNAVAILABLE or refused > REFUSED_MAX:
+                        raise
         except BaseException as error:
             self.failures.append(f"writer {writer}: {error!r}")
         finally:
@@ -218,9 +227,10 @@ def assert_trace_is_whole(run: Path) -> None:
         for path in Path(trace.folder).rglob("*")
         if path.is_file() and path.name != "lock.mdb"
     }
-    assert sorted(recorded) == sorted(left)
-    for path, content in left.items():
-        assert recorded[path] == content, f"the trace gives other bytes for {path}"
+    known = {path: content for path, content in recorded.items() if content is not None}
+    assert sorted(known) == sorted(path for path in left if recorded.get(path, b"") is not None)
+    for path, content in known.items():
+        assert left[path] == content, f"the trace gives other bytes for {path}"
 
 
 # The promise ---------------------------------------------------------------------------------------------------------
