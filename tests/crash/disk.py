@@ -411,7 +411,7 @@ class Disk:
         return found
 
     def visible_files(self, path: str) -> dict[str, bytes | None]:
-        """Every file below a folder as a reader sees it; None where a call that the run's end cut off was changing it."""
+        """Every file below a folder as a reader sees it; None where a call was cut off at the run's end."""
         found: dict[str, bytes | None] = {}
         for name, entry in self.folders.get(path, {}).items():
             target = entry.visible

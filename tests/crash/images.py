@@ -265,19 +265,14 @@ class Examiner:
         if known is not None and not rewrites:
             return known
         _lay_hot(folder, data)
+        found = HotImage({})
         try:
-            found = HotImage(_rows(folder)) if data else HotImage({})
+            if data is not None:
+                found.rows = _rows(folder)
             if rewrites:
                 _write_to(folder, found)
-        except SessiondError as error:
-            # An environment that never came to its first commit has nothing to read; the product must go on with it.
-            found = HotImage({})
-            try:
-                _write_to(folder, found)
-            except SessiondError as again:
-                found.failure = f"the hot tier does not open: {error}, and to write: {again}"
         except Exception as error:
-            found = HotImage({}, f"the hot tier can't be read: {type(error).__name__}: {error}")
+            found.failure = f"the hot tier can't be used: {type(error).__name__}: {error}"
         self._hot_images[key] = found
         return found
 
@@ -322,8 +317,7 @@ class Examiner:
     def _check_session(self, session: str, h: bytes, bucket: Bucket, folder: Path | None, store: ImageStore) -> Found:
         reader = None
         try:
-            with contextlib.suppress(SessiondError):  # not even its first commit is there: nothing of it is
-                reader = Reader(folder) if folder else None
+            reader = Reader(folder) if folder else None
             _, violations = _Checker(store, bucket, reader)._check_once(h)
             sentences = [f"session {session}: {invariant}: {sentence}" for invariant, sentence in violations]
             turns, version = _read_log(reader, h) if reader else ({}, 0)
