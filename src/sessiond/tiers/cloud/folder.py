@@ -65,6 +65,7 @@ DURABLE_FOLDERS_MAX = 8_192
 ETAG_BYTES = 16
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
 _REFUSED = (errno.EACCES, errno.EPERM)
 _NO_FOLDER = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
 _ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
@@ -83,7 +84,8 @@ class FolderStore(ObjectStore):
     on the same shard. An object that is replaced during a listing can be missed by it on tmpfs and btrfs, never on
     ext4 and xfs.
 
-    Raises Invalid NETWORK_FILESYSTEM, Denied UNWRITABLE_FOLDER, Exhausted DISK_FULL, Unavailable STORE_UNAVAILABLE.
+    Raises Invalid NETWORK_FILESYSTEM, Denied UNWRITABLE_FOLDER, Exhausted DISK_FULL or TOO_MANY_FILES, Unavailable
+    STORE_UNAVAILABLE.
     """
 
     def __init__(self, root: Path, *, lock_wait_ms: int = LOCK_WAIT_MS) -> None:
@@ -216,6 +218,8 @@ class FolderStore(ObjectStore):
             return errors.Denied("UNWRITABLE_FOLDER", message, metadata, [("cloud", why)])
         if error.errno in _FULL:
             return errors.Exhausted("DISK_FULL", message, metadata)
+        if error.errno in _TOO_MANY_FILES:
+            return errors.Exhausted("TOO_MANY_FILES", message, metadata)
         return errors.Unavailable("STORE_UNAVAILABLE", message, metadata)
 
     # Writing
@@ -450,6 +454,8 @@ class FolderStore(ObjectStore):
             return StoreDenied(key, detail)
         if error.errno in _FULL:
             return StoreUnavailable(key, f"the disk of {self._root} is full; nothing was written")
+        if error.errno in _TOO_MANY_FILES:
+            return StoreUnavailable(key, f"{detail}; raise the limit of open files")
         return StoreUnavailable(key, detail)
 
 

@@ -64,9 +64,10 @@ QUEUE_MAX: Final = 16_384
 # The map's use is measured at most this often: every so many commits, or sooner if they were large.
 MEASURED_EVERY_COMMITS: Final = 16
 MEASURED_EVERY_SHARE: Final = 1 / 256
-# Disk space is taken ahead in such steps, and this much of it is left alone by writes that add turns, so that flush,
-# release and evict still commit on a full disk.
+# Disk space is taken ahead in such steps, the last of a disk in small ones; and this much of it is left alone by writes
+# that add turns, so that flush, release and evict still commit on a full disk.
 RESERVE_STEP_BYTES: Final = 4 * 1024**2
+RESERVE_STEP_BYTES_MIN: Final = 64 * 1024
 RESERVE_KEPT_BYTES: Final = 1024**2
 # Pages that one write changes besides what it adds: a path through each of the tables.
 WRITE_BYTES_MAX: Final = 32 * 1024
@@ -396,7 +397,7 @@ class Environment:
         weight_bytes = sum(work.weight_bytes for work in group)
         # Twice, because the pages that a row leaves may be held by a reader.
         needed = self._top_bytes() + RESERVE_KEPT_BYTES + 2 * weight_bytes + len(group) * WRITE_BYTES_MAX
-        needed = min(needed, self._map_bytes)
+        needed = min(-(-needed // RESERVE_STEP_BYTES_MIN) * RESERVE_STEP_BYTES_MIN, self._map_bytes)
         if needed <= self._reserved_bytes:
             return None
         wanted = min(needed + RESERVE_STEP_BYTES, self._map_bytes)
