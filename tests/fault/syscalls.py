@@ -1,7 +1,7 @@
 """A daemon whose system calls fail to order: the preloaded library of syscalls.c, and the file that steers it.
 
-The tests change the file while the daemon runs. It never touches another process than the one that it is preloaded into,
-and never anything outside the prefix that it was given.
+The tests change the file while the daemon runs. It never touches another process than the one that it is preloaded
+into, and never a file outside the prefix that it was given.
 """
 
 from __future__ import annotations
