@@ -81,7 +81,7 @@ class Daemon:
         settings = self._settings
         log.info(telemetry.STARTING, version=__version__, node=settings.node, compiled_core=core.COMPILED)
         calls = CallCounts()
-        server = Server(now_ms, calls, settings.request_bytes_max, settings.concurrent_calls_max)
+        server = Server(boot_clock_ms, calls, settings.request_bytes_max, settings.concurrent_calls_max)
         self.port = server.bind(settings.listen)
         tokenizer = Tokenizer()
         tokenizer.verify_vocabularies()

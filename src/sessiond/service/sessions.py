@@ -43,7 +43,7 @@ from sessiond.service.prepare import (
     prepare_turns,
 )
 from sessiond.tiers.cloud.bucket import Bucket, refusal
-from sessiond.tiers.cloud.lease import Lease
+from sessiond.tiers.cloud.lease import Lease, boot_clock_ms
 from sessiond.tiers.cloud.store import ObjectStore, StoreError
 from sessiond.tiers.flush import Flusher
 from sessiond.tiers.hot import log
@@ -101,7 +101,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """Who calls, and how long they wait. deadline_ms: on the service's clock, None for no limit."""
+    """Who calls, and how long they wait. deadline_ms: by boot_clock_ms, None for no limit."""
 
     tenant: str
     deadline_ms: int | None
@@ -907,7 +907,7 @@ class Sessions:
     def _remaining_ms(self, call: Call) -> int | None:
         if call.deadline_ms is None:
             return None
-        return max(0, call.deadline_ms - self._parts.clock_ms() - REPLY_MARGIN_MS)
+        return max(0, call.deadline_ms - boot_clock_ms() - REPLY_MARGIN_MS)
 
     def _fill(self, response: session_pb2.AppendTurnResponse, done: log.Appended, head: Head) -> None:
         state = states.decode(head.state)

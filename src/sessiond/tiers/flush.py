@@ -157,6 +157,7 @@ class Flusher:
         self._due: dict[bytes, None] = {}
         self._wanted: dict[bytes, list[_Wanted]] = {}
         self._not_before: dict[bytes, tuple[int, int]] = {}
+        self._seen: dict[bytes, tuple[int, int]] = {}
         self._allowance: dict[bytes, tuple[float, int]] = {}
         self._deleted_names: set[str] = set()
         self._wake = threading.Event()
@@ -258,18 +259,25 @@ class Flusher:
         now_ms, boot_ms = self._clock_ms(), boot_clock_ms()
         catching_up = self._pace.failing or self._pace.catching_up(boot_ms)
         due: list[tuple[int, bytes]] = []
+        seen: dict[bytes, tuple[int, int]] = {}
         with self._hot.read() as transaction:
             for key, value in transaction.scan("dirty", b""):
                 since_ms, waiting = log.decode_dirty(value)
-                age_ms = now_ms - since_ms
-                # A clock that stepped back must not hold a flush up for long.
-                if -self._interval_ms <= age_ms < self._interval_ms:
+                # A wall clock that stepped back or stands still must not hold a flush up: what was found dirty once is
+                # due after the interval by the clock of the boot as well.
+                known = self._seen.get(key)
+                found = known if known is not None and known[0] == since_ms else (since_ms, boot_ms)
+                if len(seen) < REMEMBERED_MAX:
+                    seen[key] = found
+                age_ms = max(now_ms - since_ms, boot_ms - found[1])
+                if age_ms < self._interval_ms:
                     continue
                 if self._not_before.get(key, (0, 0))[0] > boot_ms:
                     continue
-                if waiting and 0 <= age_ms < self._waiting_ms and not catching_up and not self._spend(key, boot_ms):
+                if waiting and age_ms < self._waiting_ms and not catching_up and not self._spend(key, boot_ms):
                     continue
                 due.append((since_ms, key))
+        self._seen = seen
         with self._lock:
             for _, key in heapq.nsmallest(DUE_MAX, due):
                 if key not in self._running:

@@ -278,25 +278,42 @@ class Environment:
         self._queue.put(work)
 
     def _commit_loop(self) -> None:
+        group: list[_Work] = []
         while True:
-            work = self._queue.get()
-            if work is None:
-                return
-            group = [work]
-            weight_bytes = work.weight_bytes
-            # Bounded groups: without a bound, two processes starve each other (DESIGN.md, "Processes").
-            while len(group) < self.group_max and weight_bytes < 4 * 1024**2:
-                try:
-                    following = self._queue.get_nowait()
-                except queue.Empty:
-                    break
-                if following is None:
-                    self._queue.put(None)
-                    break
-                group.append(following)
-                weight_bytes += following.weight_bytes
-            self._commit(group)
-            _settle(group)
+            try:
+                if not self._take(group):
+                    return
+                self._commit(group)
+                _settle(group)
+            except Exception as error:
+                # Without memory, for one. A thread that ended here would leave everybody waiting for ever; what became
+                # of this group nobody knows, so the node ends as after a crash.
+                self._fail(Corrupt("INTERNAL", f"The commit thread failed: {type(error).__name__}: {error}."))
+                for work in group:
+                    work.error = work.error or self.failed
+                with suppress(Exception):
+                    _settle(group)
+            group.clear()
+
+    def _take(self, group: list[_Work]) -> bool:
+        """Wait for work and put the next group into `group`; False at the end."""
+        work = self._queue.get()
+        if work is None:
+            return False
+        group.append(work)
+        weight_bytes = work.weight_bytes
+        # Bounded groups: without a bound, two processes starve each other (DESIGN.md, "Processes").
+        while len(group) < self.group_max and weight_bytes < 4 * 1024**2:
+            try:
+                following = self._queue.get_nowait()
+            except queue.Empty:
+                break
+            if following is None:
+                self._queue.put(None)
+                break
+            group.append(following)
+            weight_bytes += following.weight_bytes
+        return True
 
     def _commit(self, group: list[_Work]) -> None:
         """One transaction for the group; if something unforeseen breaks it, each alone, so that none spoils another."""
