@@ -651,8 +651,8 @@ class Flusher:
         """Whether our log contains the manifest's as a prefix."""
         if theirs.head > head.head_seq:
             return False
-        if theirs.head == 0:
-            return True
+        if theirs.head == 0 or theirs.lifecycle == LIFECYCLE_DELETED:
+            return True  # a tombstone has no state to compare, and under our epoch nobody else can have written it
         chain = states.decode(theirs.state).chain
         if theirs.head == head.head_seq:
             return states.decode(head.state).chain == chain
