@@ -25,7 +25,16 @@ DAY_S = 86_400
 LEASE_MS = 900
 FLUSH_MS = 50
 WAIT_S = 30
+HOUR_MS = 3_600_000
 SESSIONS = ("quiet", "busy", "cloud")
+# Sessions that live for an hour: however the wall clock jumps, no hour passes here.
+EXPIRING = {
+    "fixed": turn_pb2.Expiry(ttl_ms=HOUR_MS, mode=turn_pb2.EXPIRY_MODE_FIXED, action=turn_pb2.EXPIRY_ACTION_DELETE),
+    "sliding": turn_pb2.Expiry(
+        ttl_ms=HOUR_MS, mode=turn_pb2.EXPIRY_MODE_SLIDING, action=turn_pb2.EXPIRY_ACTION_ARCHIVE
+    ),
+    "left": turn_pb2.Expiry(ttl_ms=HOUR_MS, mode=turn_pb2.EXPIRY_MODE_SLIDING, action=turn_pb2.EXPIRY_ACTION_DELETE),
+}
 # Where the clock is taken to, one after the other: (what, seconds off, whether it stands still there).
 JOURNEY = (
     ("a month ahead", 30 * DAY_S, False),
@@ -128,6 +137,28 @@ def test_sessions_flushes_and_leases_go_on_over_every_jump_of_the_wall_clock(tmp
         assert node.daemon.terminate() == exits.OK
         settings = config.load(None, {}, {"data_dir": str(node.daemon.data_dir), "cloud": node.daemon.cloud})
         assert verify(settings, lambda *_: None) == []
+
+
+def test_no_session_expires_by_a_jump_of_the_wall_clock(tmp_path: Path) -> None:
+    with under(tmp_path) as node:
+        for session, expiry in EXPIRING.items():
+            node.wire.create(session, user_id="ada", policy=turn_pb2.SessionPolicy(expiry=expiry))
+            node.talk(session)
+        for what, offset_s, frozen in JOURNEY:
+            node.go(offset_s, frozen)
+            # Upkeep looks at every session four times a second; the lease's renewals, at three a lease, tell the time.
+            renewals = node.renewals()
+            within(lambda at=renewals: node.renewals() >= at + 4, f"renewals of the lease, {what}")
+            for session in EXPIRING:
+                found = node.wire.sessions.GetSession(session_pb2.GetSessionRequest(session_id=session)).session
+                assert found.lifecycle == session_pb2.LIFECYCLE_ACTIVE, f"{session}, {what}"
+            # What is appended while the clock is wrong counts its hour from a time that is no later than the true one.
+            node.talk("sliding")
+        within(node.flushed, "a flush")
+        upkeep = node.wire.admin.GetStatus(admin_pb2.GetStatusRequest()).upkeep
+        assert (upkeep.archived_sessions, upkeep.deleted_sessions) == (0, 0)
+        node.settled()
+        assert node.daemon.terminate() == exits.OK
 
 
 @pytest.mark.parametrize("offset_s", [30 * DAY_S, -30 * DAY_S], ids=["ahead", "back"])

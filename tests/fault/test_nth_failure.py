@@ -50,7 +50,7 @@ class World:
     acked: dict[str, list[str]] = field(default_factory=dict)
     deleted: list[str] = field(default_factory=list)
     restarts: int = 0
-    merged: int = 0
+    merged: set[str] = field(default_factory=set)
 
     def append(self, session: str, *turn_ids: str, cloud: bool = False) -> None:
         turns = [
@@ -172,8 +172,8 @@ def merge(world: World, session: str) -> None:
     flushed(world)
     objects = [path for path in (world.daemon.data_dir / "cloud" / "s").rglob("*") if path.is_file()]
     merged = [path for path in objects if path.stat().st_size > MERGE_SEGMENTS_MIN * INLINE_TAIL_BYTES_MAX]
-    world.merged += 1
-    assert len(merged) >= world.merged
+    world.merged.add(session)
+    assert len(merged) >= len(world.merged)
 
 
 def evict(world: World, session: str) -> None:
