@@ -201,16 +201,3 @@ def test_a_drain_ends_when_its_grace_has_passed_also_if_the_clock_jumps_meanwhil
         assert took_s >= 2.5, "the grace was cut short"
         (tmp_path / "away").rename(tmp_path / "data" / "cloud")
         assert [turn.turn_id for turn in node.wire.turns("a")] == node.acked["a"]
-
-
-@pytest.mark.parametrize("offset_s", [30 * DAY_S, -30 * DAY_S], ids=["ahead", "back"])
-def test_a_clouds_deadline_is_the_callers_also_if_the_clock_jumps_meanwhile(tmp_path: Path, offset_s: int) -> None:
-    """An append that waits for the cloud tier waits as long as its caller does."""
-    with under(tmp_path, flush_interval_ms=3_600_000, lease_ms=600_000) as node:
-        node.wire.create("a")
-        node.talk("a")
-        node.go(offset_s, frozen=False)
-        node.talk("a", cloud=True)
-        node.go(0, frozen=False)
-        node.talk("a", cloud=True)
-        node.settled()
