@@ -344,6 +344,22 @@ def test_a_disk_that_can_not_be_read_refuses_the_start_and_says_so(tmp_path: Pat
         assert ids(wire, "a") == ["1"]
 
 
+def test_a_disk_that_takes_no_writes_refuses_the_start_before_anything_is_served(tmp_path: Path) -> None:
+    """What a killed process left behind may be visible and not on the disk: a start commits once, and so finds out."""
+    control = Control(tmp_path / "control", tmp_path / "data" / "hot")
+    with serving(tmp_path, control) as (daemon, wire):
+        wire.create("a")
+        wire.append("a", user("1", "hello"))
+        daemon.kill()
+        control.arm(FSYNC, 1, errno.EIO)
+        with pytest.raises(StartFailed) as refused:
+            daemon.start()
+        assert (refused.value.reason, refused.value.exit_code) == ("HOT_TIER_FAILED", exits.UNAVAILABLE)
+        control.disarm()
+        daemon.start()
+        assert ids(wire, "a") == ["1"]
+
+
 # The file is cut -------------------------------------------------------------------------------------------------
 
 

@@ -306,14 +306,16 @@ def fail_each(world: World, route: Route, kind: int, code: int, cases_max: int |
         else:
             assert world.is_up, where
         seen[reason or "done"] += fired
+        # Before anything is asked for again: what was acknowledged while a call failed must be on the disk.
+        world.settle(crash=bool(fired and not reason))
+        known = world.acked.get(session, [])
+        assert not known or world.ids(session)[: len(known)] == known, where
         repeat(world, route, session, code == errno.ENOSPC and kind == WRITE and not stopped, where)
     return seen
 
 
 def repeat(world: World, route: Route, session: str, as_it_is: bool, where: str) -> None:
     """What was refused is asked for again, and done. as_it_is: by the daemon as it is, for there is space again."""
-    if not world.is_up:
-        world.settle(crash=False)
     reason = ""
     for _ in range(200):
         reason = attempt(world, route.act, session)
