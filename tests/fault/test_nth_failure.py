@@ -201,7 +201,7 @@ ROUTES = (
     Route("hydrate", released, lambda world, session: world.append(session, "3", "4")),
     Route("release", talked, World.release),
     Route("delete", talked, World.delete),
-    Route("evict", talked, evict, 2, {"map_size_bytes": 16 * 1024**2, "evict_at_percent": 10}),
+    Route("evict", talked, evict, 1, {"map_size_bytes": 16 * 1024**2, "evict_at_percent": 10}),
     Route("compact", segmented, merge, 1, {"flush_interval_ms": 1, "flush_waiting_ms": 0}),
 )
 
