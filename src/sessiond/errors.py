@@ -80,8 +80,8 @@ class Reason:
 
 
 _MOVE_HOT_ASIDE = (
-    "Run sessiond verify to see how much is hurt. Stop the daemon, move data_dir/hot aside and start it again:"
-    " sessions come back from the cloud tier and say what may be missing."
+    "Stop the daemon, run sessiond repair and start it again: it moves only what is damaged aside,"
+    " and those sessions come back from the cloud tier and say what may be missing."
 )
 
 REASONS: dict[str, Reason] = {
@@ -246,6 +246,15 @@ REASONS: dict[str, Reason] = {
         Unavailable, "UNAVAILABLE", "Another daemon is running under this node name; give this one another --node-name."
     ),
     "DAMAGED_VOCABULARY": Reason(Corrupt, "DATA_LOSS", "Install the sessiond package again."),
+    "HOT_TIER_IN_USE": Reason(
+        Unavailable, "UNAVAILABLE", "Stop the daemon, or whatever reads this hot tier, and run the command again."
+    ),
+    "UNFLUSHED_TURNS": Reason(
+        Denied,
+        "FAILED_PRECONDITION",
+        "Start the daemon on this hot tier so that it flushes them, or run sessiond repair; to go on without these"
+        " turns, pass --abandon-unflushed.",
+    ),
     "WRONG_HASH_KEY": Reason(
         Invalid, "FAILED_PRECONDITION", "Use the hash key that this bucket was made with, or another bucket or prefix."
     ),
