@@ -8,8 +8,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from sessiond.config import Settings
 from sessiond.daemon import take_node
@@ -51,14 +53,23 @@ def hot_tier(settings: Settings, bucket: Bucket) -> Iterator[Environment]:
         hot.close()
 
 
+@dataclass(frozen=True, slots=True)
+class Name:
+    """A node's name while it is held. still_held: raises Unavailable EPOCH_FENCED once it is not.
+
+    before: what the holder before had written, where no hot tier is given and there was one.
+    """
+
+    still_held: Callable[[], None]
+    before: dict[str, Any]
+
+
 @contextmanager
-def node_name(
-    settings: Settings, store: ObjectStore, hot: Environment | None = None
-) -> Iterator[tuple[Lease, Callable[[], None]]]:
-    """Hold the node's name; (its lease, a check to be called before each step). Released at the end.
+def node_name(settings: Settings, store: ObjectStore, hot: Environment | None = None) -> Iterator[Name]:
+    """Hold the node's name, and release it at the end.
 
     hot: the hot tier that the name stands for, whose rows are doubted where a daemon's start would doubt them.
-    Raises Unavailable NODE_NAME_IN_USE; the check raises Unavailable EPOCH_FENCED once the name is lost.
+    Raises Unavailable NODE_NAME_IN_USE.
     """
 
     def still_held() -> None:
@@ -74,13 +85,14 @@ def node_name(
         lambda: None,
         transaction_id=(lambda: hot.transaction_id) if hot else lambda: 0,
     )
+    before = {}
     if hot is not None:
         take_node(lease, hot, hot.transaction_id)
     else:
-        lease.acquire()
+        before = lease.acquire() or {}
     lease.start()
     try:
-        yield lease, still_held
+        yield Name(still_held, before)
     finally:
         lease.stop(True)
 

@@ -31,6 +31,9 @@ COMMANDS: Final = {
     "release": "Have a daemon flush and release sessions, so that another node may take them.",
     "drain": "Have a daemon flush and release every session.",
     "verify": "Run the invariants over the hot tier and the cloud tier.",
+    "doctor": "Check everything that a daemon needs, and say what to do about it.",
+    "repair": "Move what is damaged aside, with the daemon stopped.",
+    "rebuild": "Make the hot tier anew from the cloud tier, with the daemon stopped.",
     "dump": "Decode an object file of the cloud tier, or a session's rows in the hot tier.",
     "version": "Show the versions of sessiond and what it stands on.",
 }

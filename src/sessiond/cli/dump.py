@@ -24,8 +24,9 @@ KIND_NAMES: Final = {
     6: "lease",
     7: "expiry",
     8: "state blob",
+    9: "rows moved aside",
 }
-PHASE_NAMES: Final = {1: "claiming", 2: "owned", 3: "releasing", 4: "released", 5: "fenced"}
+PHASE_NAMES: Final = {1: "claiming", 2: "owned", 3: "releasing", 4: "released", 5: "fenced", 6: "doubted"}
 FLAG_NAMES: Final = {
     1: "cut",
     2: "exchange",
@@ -58,7 +59,8 @@ def command(
     config_path: str | None,
     **given: Any,
 ) -> int:
-    """Decode PATH, an object file of the cloud tier: manifest, segment, lease, user index, bucket.json.
+    """Decode PATH, an object file of the cloud tier: manifest, segment, lease, user index, bucket.json; or a file of
+    rows that repair moved aside.
 
     Without PATH, decode the hot tier in --data-dir, which is opened to read only: the list of its sessions, or with
     --session the head row, the rows, the turn ids and the checkpoints of one. With --cloud and --session, decode that
@@ -138,11 +140,45 @@ def decode_object(stored: bytes, name: str, bodies: bool) -> dict[str, Any]:
         cut = int(meta.get("kept_bytes", 0))
         decoded["kept_frames"] = _frames(h, payload[:cut], bodies)
         decoded["inline_frames"] = _frames(h, payload[cut:], bodies)
+    elif kind == envelope.KIND_ROWS and isinstance(h, bytes):
+        decoded["rows"] = _aside_rows(h, payload, bodies)
     elif payload and isinstance(h, bytes):
         decoded["frames"] = _frames(h, payload, bodies)
     elif payload:
         decoded["payload_bytes"] = len(payload)
     return decoded
+
+
+def _aside_rows(h: bytes, payload: bytes, bodies: bool) -> list[dict[str, Any]]:
+    """The rows of a session that repair moved aside, each as far as it verifies."""
+    from sessiond.repair import read_rows
+    from sessiond.tiers.hot.rows import decode_committed, decode_head, unwrap
+
+    shown: list[dict[str, Any]] = []
+    for table, rows in read_rows(payload).items():
+        for key, value in rows:
+            row: dict[str, Any] = {"table": table, "key": key.hex(), "bytes": len(value)}
+            try:
+                if table == "heads":
+                    head = decode_head(h, value)
+                    fields = {name: _readable(getattr(head, name)) for name in head.__struct_fields__}
+                    row["head"] = {**fields, "state": _state(head.state, bodies)}
+                elif table == "turns":
+                    row["frames"] = _frames(h, value, bodies)
+                elif table == "ids":
+                    row["turn_ids"] = _turn_ids(unwrap(h, table, value))
+                elif table == "checkpoints":
+                    row["state"] = _state(unwrap(h, table, value), bodies)
+                elif table == "manifests":
+                    from sessiond.core.manifest import encode_meta
+
+                    row["manifest"] = _readable_meta(encode_meta(decode_committed(h, value)), bodies)
+                elif table == "users":
+                    row["session"] = unwrap(h, table, value).decode(errors="replace")
+            except SessiondError as error:
+                row["damage"] = exits.line_of(error)
+            shown.append(row)
+    return shown
 
 
 def _bucket_json(stored: bytes, name: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 import unicodedata
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
@@ -13,6 +14,8 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 LAST_COLUMN_MIN: Final = 20
+TERMINAL_EVERY_S: Final = 0.5
+LINES_EVERY_S: Final = 5.0
 
 
 def print_json(value: Any) -> None:
@@ -140,3 +143,35 @@ def enum_text(names: Any, value: int, prefix: str) -> str:
         return str(names.Name(value)).removeprefix(prefix).lower()
     except ValueError:
         return str(value)
+
+
+class Progress:
+    """How far a long command has come, on standard error: one moving line on a terminal, nothing elsewhere.
+
+    lines: a line every few seconds elsewhere as well.
+    """
+
+    def __init__(self, lines: bool = False) -> None:
+        self._on_terminal = sys.stderr.isatty()
+        self._lines = lines
+        self._shown_at = 0.0
+        self._width = 0
+
+    def __call__(self, line: str) -> None:
+        """Show where things stand, unless the last one was shown just now."""
+        every_s = TERMINAL_EVERY_S if self._on_terminal else LINES_EVERY_S
+        if not (self._on_terminal or self._lines) or time.monotonic() - self._shown_at < every_s:
+            return
+        self._shown_at = time.monotonic()
+        text = printable(line)
+        if self._on_terminal:
+            print(f"\r{text.ljust(self._width)}", end="", file=sys.stderr, flush=True)
+            self._width = len(text)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def done(self) -> None:
+        """End the moving line."""
+        if self._width:
+            print(file=sys.stderr, flush=True)
+            self._width = 0

@@ -516,6 +516,11 @@ class Reader:
             self._env.close()
             raise
 
+    @property
+    def transaction_id(self) -> int:
+        """The number of the newest commit, as Environment.transaction_id."""
+        return int(self._env.info()["last_txnid"])
+
     @contextmanager
     def read(self) -> Iterator[Transaction]:
         """A read transaction, as Environment.read."""
