@@ -144,7 +144,7 @@ def _clear_the_place(
 
 
 def _is_newest(hot_dir: Path, before: dict[str, Any]) -> bool:
-    """Whether the node's name stood for this very copy of a hot tier until the end, so that its rows can be believed."""
+    """Whether the node's name stood for this very copy of a hot tier until the end: its rows can be believed."""
     reader = Reader(hot_dir)
     try:
         return bool(

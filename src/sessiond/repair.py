@@ -36,7 +36,7 @@ from sessiond.tiers.cloud.bucket import Bucket, lease_key, manifest_key, refusal
 from sessiond.tiers.cloud.lease import STANDSTILL_LEASES
 from sessiond.tiers.cloud.store import ObjectNotFound, ObjectStore, StoreError
 from sessiond.tiers.hot.environment import Environment, Reader, Transaction
-from sessiond.tiers.hot.rows import PHASE_RELEASED, Head, decode_head, encode_head, user_key, wrap
+from sessiond.tiers.hot.rows import PHASE_RELEASED, Head, decode_head, encode_head, wrap
 from sessiond.tiers.hot.survey import SESSION_TABLES, Survey, require_unused, survey
 from sessiond.tiers.hydrate import Segments, load
 
@@ -266,7 +266,7 @@ class _Aside:
         self._folder.mkdir(mode=0o700, exist_ok=True)
         offline.settle_folder(self._folder.parent)
         stem = f"{offline.stamp()}-{h.hex()}"
-        paths = []
+        paths: list[str] = []
         for part in _parts(rows):
             name = f"{stem}.rows" if not paths else f"{stem}-{len(paths) + 1}.rows"
             meta = {"v": 1, "h": h, "session": session, "moved_ms": time.time_ns() // 1_000_000}
@@ -460,9 +460,7 @@ class _Cloud:
         indexed = self._bucket.user_index_key(manifest.tenant, manifest.user, created_ms, h)
         return user_index_object(manifest) if indexed == key else None
 
-    def _move(
-        self, what: str, key: str, body: bytes, damage: str, then: str, fresh: bytes | None = None
-    ) -> None:
+    def _move(self, what: str, key: str, body: bytes, damage: str, then: str, fresh: bytes | None = None) -> None:
         """Copy an object to aside/, then replace or remove it."""
         to = f"aside/{key}"
         self._report.moved.append(Moved(what, key, damage, to, then=then))

@@ -58,9 +58,7 @@ def _show(report: Any) -> None:
     if report.abandoned[0]:
         print(f"{report.abandoned[1]} turns of {report.abandoned[0]} sessions are there and nowhere else")
     print(f"{report.claimed} sessions claimed, {report.may_miss} of them may lack turns, {report.already} held already")
-    print(
-        f"left alone: {report.released} released, {report.of_other_nodes} of other nodes, {report.deleted} deleted"
-    )
+    print(f"left alone: {report.released} released, {report.of_other_nodes} of other nodes, {report.deleted} deleted")
     for h, reason, message in report.unreadable:
         print(f"not read: {h}: {reason}: {output.printable(message)}")
     if report.limited:

@@ -1,4 +1,4 @@
-"""`sessiond repair`: moves damaged things aside on a stopped node, and says what it moved and what it could not mend."""
+"""`sessiond repair`: moves damaged things aside on a stopped node, and says what it moved and what it left."""
 
 from __future__ import annotations
 

@@ -6,8 +6,8 @@ It never looks inside the payload and never talks to a store.
          0      8  "SESSIOND"
          8      2  version of the writer's envelope: 1
         10      2  oldest reader that may read it: 1
-        12      1  kind: 1 manifest, 2 segment, 3 orphan, 4 user index, 5 segment index, 6 lease, 7 expiry, 8 state blob,
-                   9 rows of the hot tier that were moved aside (a file, not an object)
+        12      1  kind: 1 manifest, 2 segment, 3 orphan, 4 user index, 5 segment index, 6 lease, 7 expiry,
+                   8 state blob, 9 rows of the hot tier that were moved aside (a file, not an object)
         13      1  codec of each chunk: 0 none (1 zstd, later)
         14      1  cipher of each chunk: 0 none (1 AES-256-GCM, later)
         15      1  0

@@ -46,6 +46,14 @@ _RESEND_STATUS = (408, 409, 429)
 _RESEND_CODES = frozenset(
     ("BadDigest", "IncompleteBody", "InvalidDigest", "RequestTimeout", "XAmzContentChecksumMismatch")
 )
+# How S3 says that a bucket does not have a setting at all.
+_NOT_SET = frozenset(
+    (
+        "NoSuchLifecycleConfiguration",
+        "NoSuchPublicAccessBlockConfiguration",
+        "ObjectLockConfigurationNotFoundError",
+    )
+)
 
 
 class S3Store(ObjectStore):
@@ -185,6 +193,24 @@ class S3Store(ObjectStore):
                 return
             asked = {"ContinuationToken": reply["NextContinuationToken"]}
 
+    @property
+    def key_prefix(self) -> str:
+        """What stands before every key in the bucket: empty, or a prefix with its slash."""
+        return self._prefix
+
+    def bucket_setting(self, read: str) -> dict[str, Any] | None:
+        """The reply of one call that reads a setting of the bucket, named as the SDK does; None where nothing is set.
+
+        Raises StoreDenied, StoreUnavailable, BucketMissing.
+        """
+        try:
+            reply: dict[str, Any] = getattr(self._client, read)(Bucket=self._bucket)
+        except Exception as error:
+            if _code(error) in _NOT_SET:
+                return None
+            raise _explain("list", "", error) from error
+        return reply
+
     def close(self) -> None:
         """Close the pool of connections."""
         self._client.close()
@@ -199,6 +225,11 @@ def _status(error: Exception) -> int:
     reply = getattr(error, "response", None) or {}
     status: int = reply.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
     return status
+
+
+def _code(error: Exception) -> str:
+    reply = getattr(error, "response", None) or {}
+    return str(reply.get("Error", {}).get("Code", ""))
 
 
 def _explain(kind: str, key: str, error: Exception, if_match: bool = False) -> StoreError:

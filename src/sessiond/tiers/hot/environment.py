@@ -530,6 +530,14 @@ class Reader:
         finally:
             raw.abort()
 
+    def used_bytes(self) -> int:
+        """Bytes of the map in use."""
+        return int((self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"])
+
+    def readers(self) -> int:
+        """Reader slots in use, by any process."""
+        return max(0, len(str(self._env.readers()).splitlines()) - 1)
+
     def close(self) -> None:
         """Close it."""
         self._env.close()

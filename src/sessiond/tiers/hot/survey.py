@@ -101,6 +101,9 @@ def _exclusive(hot_dir: Path) -> Iterator[bool]:
     except FileNotFoundError:
         yield True
         return
+    except PermissionError:
+        yield False
+        return
     try:
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 0)
@@ -238,7 +241,7 @@ def look_through(hot_dir: Path, told: Callable[[int], None]) -> Survey:
     with _exclusive(hot_dir) as alone:
         if alone:
             try:
-                wrong = structure.verify(str(hot_dir))
+                wrong = [str(text) for text in structure.verify(str(hot_dir))]  # type: ignore[no-untyped-call]
             except (structure.VerifyError, struct.error, IndexError) as error:
                 wrong = [str(error)]
             if wrong:
