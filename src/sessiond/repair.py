@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import msgpack
 
@@ -37,7 +37,7 @@ from sessiond.tiers.cloud.lease import STANDSTILL_LEASES
 from sessiond.tiers.cloud.store import ObjectNotFound, ObjectStore, StoreError
 from sessiond.tiers.hot.environment import Environment, Reader, Transaction
 from sessiond.tiers.hot.rows import PHASE_RELEASED, Head, decode_head, encode_head, wrap
-from sessiond.tiers.hot.survey import SESSION_TABLES, Survey, require_unused, survey
+from sessiond.tiers.hot.survey import SESSION_TABLES, Survey, next_frame, require_unused, survey
 from sessiond.tiers.hydrate import Segments, load
 
 # Of one file of rows; an envelope holds 128 MiB.
@@ -173,18 +173,15 @@ def rows_of(transaction: Transaction, h: bytes) -> dict[str, list[tuple[bytes, b
 
 
 def _unflushed(rows: dict[str, list[tuple[bytes, bytes]]], h: bytes, cloud_seq: int) -> list[str]:
-    """The turns above cloud_seq that verify still, as 'seq' texts; of a damaged row those before the damage."""
+    """The turns above cloud_seq that verify still, those behind damage in their row too."""
     seqs: set[int] = set()
     for _, value in rows.get("turns", ()):
-        offset = 0
-        while offset < len(value):
-            try:
-                header = core.read_frame(h, value, offset)
-            except (Corrupt, ValueError):
-                break
+        offset: int | None = next_frame(h, value, 0)
+        while offset is not None:
+            header = core.read_frame(h, value, offset)
             if header.seq > cloud_seq:
                 seqs.add(header.seq)
-            offset = header.end
+            offset = next_frame(h, value, header.end)
     return [str(seq) for seq in sorted(seqs)]
 
 
@@ -268,11 +265,13 @@ class _Aside:
         stem = f"{offline.stamp()}-{h.hex()}"
         paths: list[str] = []
         for part in _parts(rows):
-            name = f"{stem}.rows" if not paths else f"{stem}-{len(paths) + 1}.rows"
             meta = {"v": 1, "h": h, "session": session, "moved_ms": time.time_ns() // 1_000_000}
             packed = msgpack.packb(part, use_bin_type=True)
             assert isinstance(packed, bytes)
-            path = self._folder / name
+            path, number = self._folder / f"{stem}.rows", 1
+            while path.exists():
+                number += 1
+                path = path.with_name(f"{stem}-{number}.rows")
             with open(path, "xb") as file:
                 file.write(envelope.seal(envelope.KIND_ROWS, meta, packed))
                 file.flush()
@@ -293,12 +292,6 @@ def _parts(rows: dict[str, list[tuple[bytes, bytes]]]) -> Iterator[dict[str, lis
             part.setdefault(table, []).append(row)
             size += len(row[0]) + len(row[1])
     yield part
-
-
-def read_rows(payload: bytes) -> dict[str, list[tuple[bytes, bytes]]]:
-    """The rows in the payload of a file of rows. Raises ValueError if it is none."""
-    tables: Any = msgpack.unpackb(payload, raw=False, strict_map_key=True)
-    return {str(table): [(bytes(key), bytes(value)) for key, value in rows] for table, rows in tables.items()}
 
 
 def _ranges(seqs: list[str]) -> str:

@@ -151,8 +151,8 @@ def decode_object(stored: bytes, name: str, bodies: bool) -> dict[str, Any]:
 
 def _aside_rows(h: bytes, payload: bytes, bodies: bool) -> list[dict[str, Any]]:
     """The rows of a session that repair moved aside, each as far as it verifies."""
-    from sessiond.repair import read_rows
     from sessiond.tiers.hot.rows import decode_committed, decode_head, unwrap
+    from sessiond.tiers.hot.survey import read_rows
 
     shown: list[dict[str, Any]] = []
     for table, rows in read_rows(payload).items():
@@ -164,7 +164,7 @@ def _aside_rows(h: bytes, payload: bytes, bodies: bool) -> list[dict[str, Any]]:
                     fields = {name: _readable(getattr(head, name)) for name in head.__struct_fields__}
                     row["head"] = {**fields, "state": _state(head.state, bodies)}
                 elif table == "turns":
-                    row["frames"] = _frames(h, value, bodies)
+                    row["frames"] = _frames(h, value, bodies, behind_damage=True)
                 elif table == "ids":
                     row["turn_ids"] = _turn_ids(unwrap(h, table, value))
                 elif table == "checkpoints":
@@ -267,8 +267,8 @@ def _turn_ids(entries: bytes) -> list[dict[str, Any]]:
     ]
 
 
-def _frames(h: bytes, buffer: bytes, bodies: bool) -> list[dict[str, Any]]:
-    """Every frame up to the first that does not verify, and what is wrong with that one."""
+def _frames(h: bytes, buffer: bytes, bodies: bool, behind_damage: bool = False) -> list[dict[str, Any]]:
+    """Every frame up to the first that does not verify, and what is wrong with it; those behind it too if asked."""
     from sessiond import core
     from sessiond.v1 import turn_pb2
 
@@ -279,7 +279,15 @@ def _frames(h: bytes, buffer: bytes, bodies: bool) -> list[dict[str, Any]]:
             header = core.read_frame(h, buffer, offset)
         except Corrupt as error:
             frames.append({"offset": offset, "damage": exits.line_of(error)})
-            break
+            if not behind_damage:
+                break
+            from sessiond.tiers.hot.survey import next_frame
+
+            following = next_frame(h, buffer, offset)
+            if following is None:
+                break
+            offset = following
+            continue
         turn = turn_pb2.Turn.FromString(buffer[offset + 6 : header.end])
         frame: dict[str, Any] = {
             "offset": offset,

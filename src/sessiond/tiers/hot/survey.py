@@ -22,15 +22,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+import msgpack
 from lmdb import verify as structure
 
 from sessiond import core
 from sessiond.core import state as states
+from sessiond.core.layout import FRAME_TAG
 from sessiond.core.manifest import TURN_ID_ENTRY_BYTES, TURN_IDS_MAX
 from sessiond.errors import Corrupt, Unavailable
 from sessiond.tiers.hot import log
@@ -230,6 +232,25 @@ def _parsed(said: dict[str, Any]) -> Survey:
         damaged={bytes.fromhex(h): list(found) for h, found in said["damaged"].items()},
         index=[bytes.fromhex(key) for key in said["index"]],
     )
+
+
+# What is left of damaged rows -----------------------------------------------------------------------------------------
+
+
+def next_frame(h: bytes, value: bytes, offset: int) -> int | None:
+    """Where the next frame that verifies begins, at or after the offset; the checksum tells it from anything else."""
+    while (offset := value.find(bytes([FRAME_TAG]), offset)) >= 0:
+        with suppress(Corrupt, ValueError):
+            core.read_frame(h, value, offset)
+            return offset
+        offset += 1
+    return None
+
+
+def read_rows(payload: bytes) -> dict[str, list[tuple[bytes, bytes]]]:
+    """The rows in the payload of a file of rows. Raises ValueError if it is none."""
+    tables: Any = msgpack.unpackb(payload, raw=False, strict_map_key=True)
+    return {str(table): [(bytes(key), bytes(value)) for key, value in rows] for table, rows in tables.items()}
 
 
 # In the process of its own --------------------------------------------------------------------------------------------
