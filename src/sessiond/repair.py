@@ -35,8 +35,9 @@ from sessiond.errors import Corrupt, SessiondError, Unavailable
 from sessiond.tiers.cloud.bucket import Bucket, lease_key, manifest_key, refusal
 from sessiond.tiers.cloud.lease import STANDSTILL_LEASES
 from sessiond.tiers.cloud.store import ObjectNotFound, ObjectStore, StoreError
+from sessiond.tiers.hot import log
 from sessiond.tiers.hot.environment import Environment, Reader, Transaction
-from sessiond.tiers.hot.rows import PHASE_RELEASED, Head, decode_head, encode_head, wrap
+from sessiond.tiers.hot.rows import PHASE_RELEASED, Head, decode_head, wrap
 from sessiond.tiers.hot.survey import SESSION_TABLES, Survey, next_frame, require_unused, survey
 from sessiond.tiers.hydrate import Segments, load
 
@@ -202,7 +203,7 @@ class _Aside:
         unflushed = _unflushed(rows, h, cloud_seq)
         to = self._write(h, head.session if head else "", rows)
         # A head row that verifies and whose turns are all in the cloud tier proves that nothing is missing.
-        whole = head is not None and head.head_seq == head.cloud_seq and not unflushed and self._leads_to(h, head)
+        whole = head is not None and not unflushed and self._needs_nothing(h, head)
 
         def operation(transaction: Transaction) -> None:
             for table, found in rows.items():
@@ -210,10 +211,13 @@ class _Aside:
                     transaction.delete(table, key)
             if whole and head is not None:
                 head.phase, head.tail_row, head.hot_first, head.claim = PHASE_RELEASED, 0, head.head_seq + 1, None
-                transaction.put("heads", h, encode_head(h, head))
+                # Of a deletion that is not over yet, the flusher removes the rest.
+                log.write_head(transaction, h, head, time.time_ns() // 1_000_000)
 
         self._hot.run_blocking(operation)
-        if whole:
+        if whole and head is not None and head.lifecycle == LIFECYCLE_DELETED:
+            then = "It is deleted; the next start removes what is left of it."
+        elif whole:
             then = "The next resume takes it from the cloud tier, which has all of it."
         elif unflushed:
             then = (
@@ -248,8 +252,12 @@ class _Aside:
             return 0
         return cold.manifest.head if cold else 0
 
-    def _leads_to(self, h: bytes, head: Head) -> bool:
-        """Whether the manifest that stands there is the one that the head row knows."""
+    def _needs_nothing(self, h: bytes, head: Head) -> bool:
+        """Whether the cloud tier surely has all of a session: the manifest there is the one that the head row knows."""
+        if head.lifecycle == LIFECYCLE_DELETED:
+            return True
+        if head.is_dirty or head.head_seq != head.cloud_seq:
+            return False
         try:
             cold = load(self._store, h)
         except SessiondError:

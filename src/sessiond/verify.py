@@ -1,134 +1,245 @@
 """`sessiond verify`: gathers one view per session from both tiers and runs every invariant over it.
 
-It only reads, so it is safe beside a live daemon: what looks wrong is read again before it is reported. It never mends.
+It only reads, so it is safe beside a live daemon: what looks wrong is read again before it is reported. It holds one
+session and some pages of keys at a time, whatever the bucket's size. It never mends.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import heapq
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import groupby
 
 from sessiond.config import Settings
-from sessiond.core import invariants, rules
+from sessiond.core import envelope, invariants, rules
+from sessiond.core.expiry import day_of
 from sessiond.core.invariants import HotView, View
-from sessiond.core.manifest import LIFECYCLE_DELETED, Manifest
+from sessiond.core.manifest import LIFECYCLE_ACTIVE, LIFECYCLE_ARCHIVED, LIFECYCLE_DELETED, Manifest
 from sessiond.errors import Corrupt, NotFound, SessiondError
 from sessiond.tiers.cloud.bucket import Bucket, open_bucket, refusal
+from sessiond.tiers.cloud.fit import PASSED_KEY
 from sessiond.tiers.cloud.open import open_store
-from sessiond.tiers.cloud.store import ObjectStore, StoreError
+from sessiond.tiers.cloud.store import Listed, ObjectNotFound, ObjectStore, StoreError
+from sessiond.tiers.compact import replaced, row_key
 from sessiond.tiers.hot import log
 from sessiond.tiers.hot.environment import Reader
-from sessiond.tiers.hot.rows import PHASE_OWNED, PHASE_RELEASED, PHASE_RELEASING, Head, decode_committed, decode_head
+from sessiond.tiers.hot.rows import (
+    PHASE_OWNED,
+    PHASE_RELEASED,
+    PHASE_RELEASING,
+    Head,
+    decode_committed,
+    decode_head,
+    user_key,
+)
+from sessiond.tiers.hot.survey import hashes, session_damage, survey
 from sessiond.tiers.hydrate import Segments, load
 
 READ_AGAIN_MAX = 3
 READ_AGAIN_WAIT_S = 0.3
+KEYS_PER_PAGE = 1000
+HASHES_PER_READ = 500
 
 
 @dataclass(frozen=True, slots=True)
 class Violation:
-    """One invariant that one session breaks. session_id: its hash in hexadecimal where the id can't be read."""
+    """One invariant that one session breaks. session_id: its hash in hexadecimal where the id can't be read; empty
+    for what belongs to no session.
+    """
 
     invariant: str
     session_id: str
     explanation: str
 
 
-def verify(
-    settings: Settings, progress: Callable[[int, int], None], session: str | None = None, tenant: str = "default"
-) -> list[Violation]:
-    """Check every session of a node's hot tier and of its cloud tier, or one. progress: called with (checked, total).
+@dataclass(slots=True)
+class Report:
+    """What was found. garbage: (objects, bytes) that no manifest names; a crash leaves them, and they harm nothing."""
 
+    checked: int = 0
+    archived: int = 0
+    deleted: int = 0
+    garbage: tuple[int, int] = (0, 0)
+    violations: list[Violation] = field(default_factory=list)
+
+    def add(self, name: str, found: list[tuple[str, str]]) -> None:
+        """Note what is wrong with a session."""
+        self.violations += [Violation(invariant, name, explanation) for invariant, explanation in found]
+
+
+def verify(
+    settings: Settings,
+    progress: Callable[[int, int], None],
+    session: str | None = None,
+    tenant: str = "default",
+    report: Report | None = None,
+) -> list[Violation]:
+    """Check every session of a node's hot tier and of its cloud tier, or one; the report's violations.
+
+    progress: called with (sessions checked, bytes that no manifest names). report: where what was found is counted.
     Raises as opening either tier does, and NotFound if the one session is in neither.
     """
-    store = open_store(
-        settings.cloud_url,
-        endpoint=settings.s3_endpoint,
-        region=settings.s3_region,
-        path_style=settings.s3_path_style,
-        connect_timeout_ms=settings.store_connect_timeout_ms,
-        read_timeout_ms=settings.store_read_timeout_ms,
-    )
-    hot = Reader(settings.hot_dir) if (settings.hot_dir / "data.mdb").exists() else None
-    try:
+    report = report or Report()
+    with contextlib.ExitStack() as opened:
+        store = open_store(
+            settings.cloud_url,
+            endpoint=settings.s3_endpoint,
+            region=settings.s3_region,
+            path_style=settings.s3_path_style,
+            connect_timeout_ms=settings.store_connect_timeout_ms,
+            read_timeout_ms=settings.store_read_timeout_ms,
+        )
+        opened.callback(store.close)
+        hot: Reader | None = None
+        if (settings.hot_dir / "data.mdb").exists():
+            # First by a process of its own: LMDB may crash on a damaged page.
+            unusable = survey(settings.hot_dir).unusable
+            if unusable:
+                report.add("", [("I11", f"the hot tier in {settings.hot_dir} can't be trusted: {unusable}")])
+            else:
+                hot = Reader(settings.hot_dir)
+                opened.callback(hot.close)
         bucket = open_bucket(store, bytes.fromhex(settings.hash_key), 0, make=False)
-        checker = _Checker(store, bucket, hot)
+        checker = _Checker(store, bucket, hot, report)
         if session is not None:
-            wanted = [rules.session_hash(bucket.hash_key, tenant, session)]
+            checker.one(rules.session_hash(bucket.hash_key, tenant, session), session)
+            progress(report.checked, report.garbage[1])
         else:
-            wanted = sorted(checker.hot_hashes() | checker.cloud_hashes())
-        found: list[Violation] = []
-        for index, h in enumerate(wanted):
-            progress(index, len(wanted))
-            name, violations = checker.check(h)
-            if session is not None and name is None and not violations:
-                raise NotFound("SESSION_NOT_FOUND", f"There is no session {session!r}.", {"session_id": session})
-            found += [Violation(invariant, name or h.hex(), explanation) for invariant, explanation in violations]
-        progress(len(wanted), len(wanted))
-        return found
-    finally:
-        if hot is not None:
-            hot.close()
-        store.close()
+            for checked in checker.all():
+                progress(checked, report.garbage[1])
+            checker.rest()
+    return report.violations
+
+
+@dataclass(slots=True)
+class _Objects:
+    """A session's objects beside its manifest, as they were listed."""
+
+    segments: list[Listed] = field(default_factory=list)
+    orphans: list[Listed] = field(default_factory=list)
 
 
 class _Checker:
-    def __init__(self, store: ObjectStore, bucket: Bucket, hot: Reader | None) -> None:
+    def __init__(self, store: ObjectStore, bucket: Bucket, hot: Reader | None, report: Report) -> None:
         self._store = store
         self._bucket = bucket
         self._hot = hot
+        self._report = report
         self._segments = Segments(store)
+        # Of the session that was looked at last: its lifecycle, and (objects, bytes) that its manifest does not name.
+        self._lifecycle = 0
+        self._stray = (0, 0)
 
-    def hot_hashes(self) -> set[bytes]:
-        """Every session with a head row."""
-        if self._hot is None:
-            return set()
-        with self._hot.read() as transaction:
-            return {bytes(key) for key, _ in transaction.scan("heads", b"")}
+    def one(self, h: bytes, session: str) -> None:
+        """Check one session. Raises NotFound if it is nowhere."""
+        if not self._check(h, self._objects(h)):
+            raise NotFound("SESSION_NOT_FOUND", f"There is no session {session!r}.", {"session_id": session})
 
-    def cloud_hashes(self) -> set[bytes]:
-        """Every session with a manifest or with segments."""
-        found: set[bytes] = set()
-        for prefix in ("m/", "s/"):
-            for key in self._keys(prefix):
-                with contextlib.suppress(ValueError):
-                    found.add(bytes.fromhex(key.split("/")[1]))
-        return found
+    def all(self) -> Iterator[int]:
+        """Check every session, in the order of their hashes; how many were checked so far, after each."""
+        for h, objects in self._sessions():
+            self._check(h, objects)
+            yield self._report.checked
 
-    def _keys(self, prefix: str, limit: int = 1000) -> Iterator[str]:
+    # Going through both tiers ---------------------------------------------------------------------------------------
+
+    def _sessions(self) -> Iterator[tuple[bytes, _Objects]]:
+        """Every session that has anything anywhere, once. All sources come in the order of hashes."""
+        nothing: list[Listed] = []
+        sources = (
+            ((h, 0, nothing) for h in self._hot_hashes()),
+            ((h, 1, nothing) for h, _ in self._grouped("m/")),
+            ((h, 2, rows) for h, rows in self._grouped("s/")),
+            ((h, 3, rows) for h, rows in self._grouped("o/")),
+        )
+        for h, found in groupby(heapq.merge(*sources, key=lambda row: row[0]), key=lambda row: row[0]):
+            objects = _Objects()
+            for _, source, rows in found:
+                if source == 2:
+                    objects.segments += rows
+                elif source == 3:
+                    objects.orphans += rows
+            yield h, objects
+
+    def _hot_hashes(self) -> Iterator[bytes]:
+        """Every session with rows, some at a time: a long read would keep a daemon from using pages again."""
+        start: bytes | None = b""
+        while self._hot is not None and start is not None:
+            batch: list[bytes] = []
+            following: bytes | None = None
+            with self._hot.read() as transaction:
+                for h in hashes(transaction, start):
+                    if len(batch) == HASHES_PER_READ:
+                        following = h
+                        break
+                    batch.append(h)
+            yield from batch
+            start = following
+
+    def _grouped(self, prefix: str) -> Iterator[tuple[bytes, list[Listed]]]:
+        """The objects under a prefix by session: those of one are next to one another."""
+        for name, rows in groupby(self._listed(prefix), key=lambda row: row.key.split("/")[1]):
+            with contextlib.suppress(ValueError):
+                yield bytes.fromhex(name), list(rows)
+
+    def _listed(self, prefix: str) -> Iterator[Listed]:
         start_after = ""
         while True:
             try:
-                keys = [row.key for row in self._store.list(prefix, start_after, limit)]
+                rows = list(self._store.list(prefix, start_after, KEYS_PER_PAGE))
             except StoreError as error:
                 raise refusal(error) from error
-            yield from keys
-            if len(keys) < limit:
+            yield from rows
+            if len(rows) < KEYS_PER_PAGE:
                 return
-            start_after = keys[-1]
+            start_after = rows[-1].key
 
-    def check(self, h: bytes) -> tuple[str | None, list[tuple[str, str]]]:
-        """(session id, violations); the id is None if the session is nowhere."""
+    def _objects(self, h: bytes) -> _Objects:
+        return _Objects(list(self._listed(f"s/{h.hex()}/")), list(self._listed(f"o/{h.hex()}/")))
+
+    def _get(self, key: str) -> bytes | None:
+        try:
+            return self._store.get(key).body
+        except ObjectNotFound:
+            return None
+        except StoreError as error:
+            raise refusal(error) from error
+
+    # One session ----------------------------------------------------------------------------------------------------
+
+    def _check(self, h: bytes, objects: _Objects) -> bool:
+        """Check one session; whether there is anything of it."""
         name: str | None = None
         violations: list[tuple[str, str]] = []
         for attempt in range(READ_AGAIN_MAX):
-            name, violations = self._check_once(h)
+            name, violations = self._check_once(h, objects)
             if not violations:
                 break
             # Between the reads of the two tiers a live daemon may have moved on; what stays wrong is wrong.
             if attempt + 1 < READ_AGAIN_MAX:
                 time.sleep(READ_AGAIN_WAIT_S)
-        return name, violations
+                objects = self._objects(h)
+        report = self._report
+        report.checked += 1
+        report.add(name or h.hex(), violations)
+        report.archived += self._lifecycle == LIFECYCLE_ARCHIVED
+        report.deleted += self._lifecycle == LIFECYCLE_DELETED
+        report.garbage = (report.garbage[0] + self._stray[0], report.garbage[1] + self._stray[1])
+        return name is not None or bool(violations)
 
-    def _check_once(self, h: bytes) -> tuple[str | None, list[tuple[str, str]]]:
+    def _check_once(self, h: bytes, objects: _Objects) -> tuple[str | None, list[tuple[str, str]]]:
         unreadable: list[str] = []
+        self._lifecycle, self._stray = 0, (0, 0)
         head, hot, hot_frames, base = self._read_hot(h, unreadable)
         cloud: Manifest | None = None
         try:
             cold = load(self._store, h)
             cloud = cold.manifest if cold else None
+            self._lifecycle = cloud.lifecycle if cloud else 0
         except Corrupt as error:
             unreadable.append(error.message)
         if hot is None:
@@ -139,14 +250,18 @@ class _Checker:
         if cloud is None and head is None:
             if unreadable:
                 return None, [("I11", text) for text in unreadable]
-            broken = [("I2", text) for text in self._without_manifest(h, left)]
+            broken = [("I2", text) for text in self._without_manifest(left, objects)]
             return left.session if left and broken else None, broken
         if cloud is not None and cloud.lifecycle == LIFECYCLE_DELETED:
-            return cloud.session, []
+            return self._check_deleted(h, cloud, head or left, objects, unreadable)
         pieces: list[bytes] = []
         checked: dict[int, bytes] = {}
+        unlisted: list[str] = []
         if cloud is not None:
             self._read_cloud(cloud, unreadable, pieces, checked)
+            self._read_orphans(cloud, unreadable)
+            self._count(cloud, objects)
+            unlisted = list(self._unlisted(cloud, unreadable))
         turns = [turn for piece in pieces for turn in self._turns(h, piece, unreadable)]
         for turn in turns:
             checked[turn.header.seq] = turn.header.chain
@@ -174,18 +289,54 @@ class _Checker:
             hot=hot,
             cloud=cloud,
             cloud_checked_seqs=checked,
-            unreadable=unreadable,
+            unreadable=list(dict.fromkeys(unreadable)),
+            unlisted=unlisted,
         )
         return view.session, list(invariants.check(view))
 
-    def _without_manifest(self, h: bytes, left: Head | None) -> Iterator[str]:
+    def _check_deleted(
+        self, h: bytes, tombstone: Manifest, head: Head | None, objects: _Objects, unreadable: list[str]
+    ) -> tuple[str | None, list[tuple[str, str]]]:
+        """A tombstone stays for ever, and nothing else does, once the node that deleted it has swept."""
+        left_over: list[str] = []
+        # A head row that says so is on the flusher's list: it removes everything, and itself last.
+        if head is None or head.lifecycle != LIFECYCLE_DELETED:
+            left_over += [f"the object {row.key} is left" for row in (*objects.segments, *objects.orphans)]
+            key = self._user_key(tombstone)
+            if self._get(key) is not None:
+                left_over.append(f"the index by user still names it: {key}")
+            if head is not None or self._has_rows(h):
+                left_over.append("the hot tier still has rows of it")
+        view = View(
+            h=h,
+            hash_key=self._bucket.hash_key,
+            tenant=tombstone.tenant,
+            session=tombstone.session,
+            birth_metadata={},
+            log=[],
+            head_seq=tombstone.head,
+            state=b"",
+            hot=None,
+            cloud=tombstone,
+            unreadable=unreadable,
+            left_over=left_over,
+        )
+        return view.session, list(invariants.check(view))
+
+    def _has_rows(self, h: bytes) -> bool:
+        if self._hot is None:
+            return False
+        with self._hot.read() as transaction:
+            return next(hashes(transaction, h), b"") == h
+
+    def _without_manifest(self, left: Head | None, objects: _Objects) -> Iterator[str]:
         """What should not be where there is no manifest. left: the head row of a session that the node does not own.
 
         A row in the index by user may stand alone: a creation that was never acknowledged.
         """
         if left is not None and left.phase == PHASE_RELEASED and left.head_seq > 0:
             yield f"the node released it at turn {left.head_seq} and the cloud tier has no manifest of it"
-        if next(self._keys(f"s/{h.hex()}/", 1), None) is not None:
+        if objects.segments:
             yield "the cloud tier has segments without a manifest"
 
     def _turns(self, h: bytes, frames: bytes, unreadable: list[str]) -> list[invariants.Turn]:
@@ -199,17 +350,17 @@ class _Checker:
         if self._hot is None:
             return None, None, b"", None
         with self._hot.read() as transaction:
-            try:
-                value = transaction.get("heads", h)
-                if value is None:
-                    return None, None, b"", None
-                head = decode_head(h, value)
-            except Corrupt as error:
-                unreadable.append(error.message)
+            if next(hashes(transaction, h), b"") != h:
                 return None, None, b"", None
-            if head.phase not in (PHASE_OWNED, PHASE_RELEASING):
+            wrong, head = session_damage(transaction, h)
+            unreadable += wrong
+            if head is None or head.phase not in (PHASE_OWNED, PHASE_RELEASING):
                 return head, None, b"", None
             view = HotView(head.epoch, True, True, head.head_seq, head.cloud_seq, head.hot_first, head.state)
+            view.is_dirty, view.has_dirty_row = head.is_dirty, transaction.get("dirty", h) is not None
+            tenant, user = self._bucket.tenant_hash(head.tenant), self._bucket.user_hash(head.tenant, head.user)
+            listed = transaction.get("users", user_key(tenant, user, head.created_ms, h))
+            view.is_listed = listed is not None
             base: Manifest | None = None
             pieces: list[bytes] = []
             try:
@@ -224,7 +375,9 @@ class _Checker:
                 stored = transaction.get("manifests", h)
                 base = decode_committed(h, stored) if stored is not None else None
             except SessiondError as error:
-                unreadable.append(error.message)
+                # Most of it was told above, by row.
+                if not wrong:
+                    unreadable.append(error.message)
             return head, view, b"".join(pieces), base
 
     def _read_cloud(
@@ -244,3 +397,109 @@ class _Checker:
             pieces.append(manifest.inline_frames)
         except SessiondError as error:
             unreadable.append(error.message)
+
+    def _read_orphans(self, manifest: Manifest, unreadable: list[str]) -> None:
+        """Turns of a fenced node that the manifest lists: acknowledged, in no log, and nowhere else."""
+        for name, epoch, first, last, sha256 in manifest.orphans:
+            body = self._get(str(name))
+            if body is None:
+                unreadable.append(f"the orphan {name} with turns {first} to {last} of epoch {epoch} is gone")
+                continue
+            if hashlib.sha256(body).digest() != bytes(sha256):
+                unreadable.append(f"the orphan {name} does not match its name's sha256")
+                continue
+            try:
+                frames = envelope.unseal(body, envelope.KIND_ORPHAN, str(name))[1]
+                seqs = [turn.header.seq for turn in invariants.view_turns(manifest.h, frames)]
+            except Corrupt as error:
+                unreadable.append(error.message)
+                continue
+            if seqs != list(range(first, last + 1)):
+                unreadable.append(f"the orphan {name} holds other turns than {first} to {last}")
+
+    def _count(self, manifest: Manifest, objects: _Objects) -> None:
+        """Objects of a session that its manifest does not name: a crash came between object and manifest."""
+        try:
+            named = {row_key(manifest, row) for row in self._segments.rows(manifest)}
+        except SessiondError:
+            return  # told already; what can't be read names nothing
+        named |= {str(row[0]) for row in manifest.orphans} | {str(row[0]) for row in replaced(manifest)}
+        if manifest.index is not None:
+            named.add(str(manifest.index[0]))
+        stray = [row for row in (*objects.segments, *objects.orphans) if row.key not in named]
+        self._stray = (len(stray), sum(row.size_bytes for row in stray))
+
+    def _user_key(self, manifest: Manifest) -> str:
+        created_ms = int(manifest.birth.get("created_ms", 0))
+        return self._bucket.user_index_key(manifest.tenant, manifest.user, created_ms, manifest.h)
+
+    def _unlisted(self, manifest: Manifest, unreadable: list[str]) -> Iterator[str]:
+        """Rows of the indexes that this manifest needs."""
+        wanted = [(self._user_key(manifest), envelope.KIND_USER_INDEX, "the index by user lacks it")]
+        if manifest.expires_ms and manifest.lifecycle == LIFECYCLE_ACTIVE:
+            day = day_of(manifest.expires_ms)
+            key = self._bucket.expiry_key(manifest.tenant, day, manifest.h)
+            wanted.append((key, envelope.KIND_EXPIRY, f"the index of what expires lacks it on day {day}"))
+        for key, kind, lacking in wanted:
+            body = self._get(key)
+            if body is None:
+                yield f"{lacking}: {key}"
+                continue
+            try:
+                meta = envelope.unseal(body, kind, key)[0]
+            except Corrupt as error:
+                unreadable.append(error.message)
+                continue
+            if (meta.get("h"), meta.get("session")) != (manifest.h, manifest.session):
+                yield f"the row {key} names another session"
+
+    # What belongs to no session -------------------------------------------------------------------------------------
+
+    def rest(self) -> None:
+        """Leases, the probe's mark, and rows of the expiry index whose session is deleted."""
+        for row in self._listed("n/"):
+            body = self._get(row.key)
+            try:
+                if body is not None:
+                    envelope.unseal(body, envelope.KIND_LEASE, row.key)
+            except Corrupt as error:
+                self._report.add("", [("I11", error.message)])
+        mark = self._get(PASSED_KEY)
+        if mark not in (None, b"1\n"):
+            self._report.add("", [("I11", f"the object {PASSED_KEY} is damaged")])
+        for row in self._listed("x/"):
+            for attempt in range(READ_AGAIN_MAX):
+                told = self._stale_expiry(row.key)
+                if told is None or attempt + 1 == READ_AGAIN_MAX:
+                    break
+                time.sleep(READ_AGAIN_WAIT_S)
+            if told is not None:
+                self._report.add(told[0], [told[1]])
+
+    def _stale_expiry(self, key: str) -> tuple[str, tuple[str, str]] | None:
+        """What is wrong with a row of the expiry index, if it is there: (session, (invariant, explanation))."""
+        body = self._get(key)
+        if body is None:
+            return None
+        name = key.rsplit("/", 1)[-1]
+        try:
+            envelope.unseal(body, envelope.KIND_EXPIRY, key)
+            cold = load(self._store, bytes.fromhex(name))
+        except Corrupt as error:
+            return name, ("I11", error.message)
+        except ValueError:
+            return name, ("I11", f"the object {key} has no name of a row")
+        if cold is None or cold.manifest.lifecycle != LIFECYCLE_DELETED:
+            return None
+        with contextlib.suppress(SessiondError):
+            head = self._head(cold.manifest.h)
+            if head is not None and head.lifecycle == LIFECYCLE_DELETED:
+                return None  # the sweep is on its way
+        return cold.manifest.session, ("I13", f"the index of what expires still names it: {key}")
+
+    def _head(self, h: bytes) -> Head | None:
+        if self._hot is None:
+            return None
+        with self._hot.read() as transaction:
+            value = transaction.get("heads", h)
+            return None if value is None else decode_head(h, value)

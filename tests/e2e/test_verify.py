@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -10,9 +11,12 @@ from pathlib import Path
 import pytest
 
 from sessiond.cli import exits
+from sessiond.core import envelope
+from sessiond.core import manifest as manifests
 from sessiond.core.invariants import EXPLANATIONS_MAX
 from sessiond.testing import running_daemon
-from sessiond.v1 import admin_pb2
+from sessiond.tiers.cloud.bucket import orphan_key
+from sessiond.v1 import admin_pb2, session_pb2, turn_pb2
 from tests.cli.command import Ran, run
 from tests.e2e import stores
 from tests.wire import Wire, user
@@ -169,3 +173,179 @@ def test_export_leaves_a_damaged_session_out_also_where_it_is_named(copy: Path) 
             assert [line["id"] for line in ran.lines] == ["inline"]
             assert ran.code == exits.INCOMPLETE
             assert "session sealed left out: CORRUPT_MANIFEST" in ran.err
+
+
+# Deletions, indexes, orphans, what is left over ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A drained daemon's data: one session deleted and swept, one that expires, one archived, one plain."""
+    data_dir = tmp_path_factory.mktemp("swept") / "data"
+    with running_daemon(data_dir, flush_interval_ms=50) as daemon, contextlib.closing(Wire(daemon.address)) as wire:
+        policy = turn_pb2.SessionPolicy()
+        policy.expiry.ttl_ms = 40 * 86_400_000
+        for name in ("gone-and-swept", "plain-and-sealed"):
+            stores.talk(wire, name, sealed=True)
+        wire.create("expires", user_id="ada", policy=policy)
+        wire.append("expires", user("t1", "Not for long."))
+        h = stores.hash_of(data_dir, "gone-and-swept").hex()
+        wire.admin.Flush(admin_pb2.FlushRequest())
+        kept = {name: (data_dir / "cloud" / name).read_bytes() for name in names_of(data_dir, h)}
+        wire.sessions.DeleteSession(session_pb2.DeleteSessionRequest(session_id="gone-and-swept"))
+        for _ in range(100_000):
+            wire.admin.GetStatus(admin_pb2.GetStatusRequest())
+            if names_of(data_dir, h) == [f"m/{h}"]:
+                break
+        assert daemon.terminate() == exits.OK
+    (data_dir / "kept").mkdir()
+    for name, body in kept.items():
+        path = data_dir / "kept" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(body)
+    return data_dir
+
+
+def names_of(data_dir: Path, h: str) -> list[str]:
+    cloud = data_dir / "cloud"
+    return sorted(
+        str(path.relative_to(cloud))
+        for path in cloud.rglob("*")
+        if path.is_file() and h in str(path) and ".tmp" not in path.parts
+    )
+
+
+def test_a_deleted_an_expiring_and_a_plain_session_pass(swept: Path) -> None:
+    ran = verify(swept)
+    assert (ran.code, ran.json["violations"]) == (exits.OK, [])
+    assert (ran.json["checked_sessions"], ran.json["deleted_sessions"], ran.json["unnamed_objects"]) == (3, 1, 0)
+    assert verify(swept, "--session", "gone-and-swept").code == exits.OK
+
+
+@pytest.mark.parametrize("kind", ["s", "u", "o"])
+def test_what_a_deletion_left_in_the_cloud_tier_is_told(swept: Path, tmp_path: Path, kind: str) -> None:
+    data_dir = stores.copy(swept, tmp_path / "data")
+    h = stores.hash_of(data_dir, "gone-and-swept").hex()
+    if kind == "o":
+        put(data_dir / "cloud" / "o" / h / f"00000001-0000000000000001-{'0' * 64}", b"anything")
+    else:
+        found = next(path for path in (data_dir / "kept" / kind).rglob("*") if path.is_file())
+        put(data_dir / "cloud" / found.relative_to(data_dir / "kept"), found.read_bytes())
+    for argv in ((), ("--session", "gone-and-swept")):
+        ((invariant, session, explanation),) = found_in(data_dir, *argv)
+        assert (invariant, session) == ("I13", "gone-and-swept")
+        assert f"{kind}/" in explanation
+
+
+def put(path: Path, body: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(body)
+
+
+def test_rows_of_a_deleted_session_in_the_hot_tier_are_told(swept: Path, tmp_path: Path) -> None:
+    data_dir = stores.copy(swept, tmp_path / "data")
+    h = stores.hash_of(data_dir, "gone-and-swept")
+    with stores.rows(data_dir) as (transaction, tables):
+        transaction.put(h + bytes(4), b"some ids", db=tables["ids"])
+    found = found_in(data_dir)
+    assert {(invariant, session) for invariant, session, _ in found} == {
+        ("I11", "gone-and-swept"),
+        ("I13", "gone-and-swept"),
+    }
+
+
+def test_a_row_of_the_expiry_index_that_a_deletion_left_is_told(swept: Path, tmp_path: Path) -> None:
+    data_dir = stores.copy(swept, tmp_path / "data")
+    [row] = [path for path in (data_dir / "cloud" / "x").rglob("*") if path.is_file()]
+    put(row.with_name(stores.hash_of(data_dir, "gone-and-swept").hex()), row.read_bytes())
+    ((invariant, session, explanation),) = found_in(data_dir)
+    assert (invariant, session) == ("I13", "gone-and-swept")
+    assert "x/" in explanation
+
+
+@pytest.mark.parametrize(("kind", "session"), [("u", "plain-and-sealed"), ("u", "expires"), ("x", "expires")])
+def test_a_row_that_an_index_lacks_is_told(swept: Path, tmp_path: Path, kind: str, session: str) -> None:
+    data_dir = stores.copy(swept, tmp_path / "data")
+    h = stores.hash_of(data_dir, session).hex()
+    [row] = [path for path in (data_dir / "cloud" / kind).rglob("*") if path.is_file() and h in path.name]
+    stored = row.read_bytes()
+    row.unlink()
+    assert [(invariant, named) for invariant, named, _ in found_in(data_dir)] == [("I9", session)]
+    flip_in = bytearray(stored)
+    flip_in[-1] ^= 1
+    row.write_bytes(flip_in)
+    assert {invariant for invariant, _, _ in found_in(data_dir)} == {"I11"}
+
+
+def test_objects_that_no_manifest_names_are_counted_and_are_no_violation(swept: Path, tmp_path: Path) -> None:
+    data_dir = stores.copy(swept, tmp_path / "data")
+    h = stores.hash_of(data_dir, "plain-and-sealed").hex()
+    put(data_dir / "cloud" / "s" / h / f"00000009-0000000000000001-{'a' * 64}", bytes(1000))
+    ran = verify(data_dir)
+    assert (ran.code, ran.json["unnamed_objects"], ran.json["unnamed_bytes"]) == (exits.OK, 1, 1000)
+
+
+@pytest.mark.parametrize("damage", ["none", "flip", "remove"])
+def test_the_orphans_that_a_manifest_lists_are_read(swept: Path, tmp_path: Path, damage: str) -> None:
+    data_dir = stores.copy(swept, tmp_path / "data")
+    path = data_dir / "cloud" / "m" / stores.hash_of(data_dir, "expires").hex()
+    h = bytes.fromhex(path.name)
+    manifest = manifests.unseal(path.read_bytes(), "m", h)
+    meta = {"v": 1, "h": h, "epoch": 1, "first": 1, "last": 1}
+    body = envelope.seal(envelope.KIND_ORPHAN, meta, manifest.inline_frames)
+    name = orphan_key(h, 1, 1, hashlib.sha256(body).digest())
+    manifest.orphans = [[name, 1, 1, 1, hashlib.sha256(body).digest()]]
+    path.write_bytes(manifests.seal(manifest))
+    if damage != "remove":
+        stored = bytearray(body)
+        stored[-9] ^= damage == "flip"
+        put(data_dir / "cloud" / name, bytes(stored))
+    found = found_in(data_dir)
+    assert [(invariant, session) for invariant, session, _ in found] == (
+        [] if damage == "none" else [("I11", "expires")]
+    )
+
+
+def test_damage_that_belongs_to_no_session_is_told(swept: Path, tmp_path: Path) -> None:
+    data_dir = stores.copy(swept, tmp_path / "data")
+    for path in (next((data_dir / "cloud" / "n").iterdir()), data_dir / "cloud" / "probe" / "passed-1"):
+        flip(path, path.stat().st_size // 2)
+    assert [(invariant, session) for invariant, session, _ in found_in(data_dir)] == [("I11", ""), ("I11", "")]
+
+
+def test_an_unflushed_session_that_the_flusher_would_not_find_is_told(owned: Path) -> None:
+    with running_daemon(owned, flush_interval_ms=stores.NEVER_MS) as daemon:
+        with contextlib.closing(Wire(daemon.address)) as wire:
+            wire.append("s", user("late", "Only here."))
+        daemon.kill()
+    assert found_in(owned) == []
+    with stores.rows(owned) as (transaction, tables):
+        assert transaction.delete(stores.hash_of(owned, "s"), db=tables["dirty"])
+    ((invariant, session, explanation),) = found_in(owned)
+    assert (invariant, session) == ("I1", "s")
+    assert "flusher" in explanation
+
+
+def test_a_hot_tier_that_crashes_its_reader_is_told_and_the_cloud_tier_still_checked(owned: Path) -> None:
+    path = owned / "hot" / "data.mdb"
+    stored = bytearray(path.read_bytes())
+    for at in range(8192, len(stored), 4096):
+        stored[at + 12 : at + 16] = b"\xff\x00\xff\x7f"
+    path.write_bytes(stored)
+    ran = verify(owned)
+    ((row,), checked) = ran.json["violations"], ran.json["checked_sessions"]
+    assert (row["invariant"], row["session_id"], checked) == ("I11", "", 1)
+    assert "can't be trusted" in row["explanation"]
+
+
+def test_more_sessions_than_a_page_holds_are_each_checked_once(
+    owned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sessiond import verify as module
+
+    data_dir = tmp_path / "many"
+    stores.make(data_dir, [f"s{number}" for number in range(7)], sealed=False, drained=False)
+    monkeypatch.setattr(module, "KEYS_PER_PAGE", 2)
+    monkeypatch.setattr(module, "HASHES_PER_READ", 2)
+    ran = verify(data_dir)
+    assert (ran.json["checked_sessions"], ran.json["violations"]) == (7, [])

@@ -2,39 +2,19 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from typing import Any
 
 import click
 
 from sessiond.cli import exits, output, settings
 
-PROGRESS_EVERY_S = 0.5
-
-
-class _Progress:
-    """Counts on standard error: one moving line on a terminal, nothing elsewhere."""
-
-    def __init__(self) -> None:
-        self.total = 0
-        self._shown_at = 0.0
-        self._on_terminal = sys.stderr.isatty()
-
-    def __call__(self, checked: int, total: int) -> None:
-        self.total = total
-        now = time.monotonic()
-        if self._on_terminal and (checked == total or now - self._shown_at > PROGRESS_EVERY_S):
-            self._shown_at = now
-            end = "\n" if checked == total else ""
-            print(f"\rchecked {checked} of {total} sessions", end=end, file=sys.stderr, flush=True)
-
 
 @click.command()
 @click.option("--session", metavar="ID", help="Check only this session.")
+@click.option("--progress", is_flag=True, help="Tell every few seconds how far it has come, also without a terminal.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @settings.options(*settings.TIERS)
-def command(session: str | None, as_json: bool, config_path: str | None, **given: Any) -> int:
+def command(session: str | None, progress: bool, as_json: bool, config_path: str | None, **given: Any) -> int:
     """Run the invariants over the hot tier and the cloud tier, reading every segment; safe beside a running daemon.
 
     It changes nothing. Exit code 0 if everything holds, 1 if something does not; each violation says which invariant,
@@ -44,16 +24,24 @@ def command(session: str | None, as_json: bool, config_path: str | None, **given
     settings.require_cloud_tier(loaded)
     from sessiond import verify
 
-    progress = _Progress()
-    violations = verify.verify(loaded, progress, session)
+    shown = output.Progress(lines=progress)
+    report = verify.Report()
+    verify.verify(loaded, lambda checked, _: shown(f"checked {checked} sessions"), session, report=report)
+    shown.done()
+    objects, size = report.garbage
     if as_json:
         rows = [
             {"invariant": found.invariant, "session_id": found.session_id, "explanation": found.explanation}
-            for found in violations
+            for found in report.violations
         ]
-        output.print_json({"checked_sessions": progress.total, "violations": rows})
+        counts = {"archived_sessions": report.archived, "deleted_sessions": report.deleted}
+        garbage = {"unnamed_objects": objects, "unnamed_bytes": size}
+        output.print_json({"checked_sessions": report.checked, "violations": rows, **counts, **garbage})
     else:
-        for found in violations:
-            print(f"{found.invariant}  {output.printable(found.session_id)}  {output.printable(found.explanation)}")
-        print(f"{progress.total} sessions checked, {len(violations)} violations")
-    return exits.INTERNAL if violations else exits.OK
+        for found in report.violations:
+            name = output.printable(found.session_id) or "-"
+            print(f"{found.invariant}  {name}  {output.printable(found.explanation)}")
+        if objects:
+            print(f"{objects} objects ({output.bytes_text(size)}) that no manifest names; they harm nothing")
+        print(f"{report.checked} sessions checked, {len(report.violations)} violations")
+    return exits.INTERNAL if report.violations else exits.OK

@@ -1,11 +1,12 @@
 """The invariants that can be read off a store, each a named function over one session's view.
 
 It promises one sentence per violation, saying what was found. It reads nothing itself: `sessiond.verify` gathers views.
-I8, I9, I10 and I15 speak of replies and of time, and are held by tests over the gRPC port instead.
+I8, I10 and I15 speak of replies and of time, and are held by tests over the gRPC port instead.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -32,6 +33,7 @@ from sessiond.core.layout import (
 from sessiond.core.manifest import (
     CHECKPOINTS_MAX,
     KEPT_BYTES_MAX,
+    LIFECYCLE_DELETED,
     SEGMENT_ROWS_MAX,
     TURN_ID_ENTRY_BYTES,
     TURN_IDS_MAX,
@@ -66,11 +68,17 @@ class HotView:
     row_sizes: list[tuple[int, int, int]] = field(default_factory=list)
     checkpoints: list[tuple[int, bytes]] = field(default_factory=list)
     turn_ids: bytes = b""
+    is_dirty: bool = False
+    has_dirty_row: bool = False
+    is_listed: bool = True
 
 
 @dataclass(slots=True)
 class View:
-    """Everything that was read of one session. `log` is the whole log, oldest first, as far as it could be read."""
+    """Everything that was read of one session. `log` is the whole log, oldest first, as far as it could be read.
+
+    unlisted: what an index should say of it and does not. left_over: what a deletion should have removed.
+    """
 
     h: bytes
     hash_key: bytes
@@ -84,13 +92,18 @@ class View:
     cloud: Manifest | None
     cloud_checked_seqs: dict[int, bytes] = field(default_factory=dict)
     unreadable: list[str] = field(default_factory=list)
+    unlisted: list[str] = field(default_factory=list)
+    left_over: list[str] = field(default_factory=list)
 
 
 def i1_acked_turns_are_there(view: View) -> Iterator[str]:
-    """The log reaches the head that was acknowledged."""
+    """The log reaches the head that was acknowledged, and what is not flushed is noted for the flusher."""
     found = view.log[-1].header.seq if view.log else 0
     if found != view.head_seq and not view.unreadable:
         yield f"the head is turn {view.head_seq} and the log ends at turn {found}"
+    hot = view.hot
+    if hot is not None and hot.owned and hot.is_dirty and not hot.has_dirty_row:
+        yield f"turns {hot.cloud_seq + 1} to {hot.head_seq} are not flushed and no row has the flusher look at them"
 
 
 def i2_cloud_seq_is_in_the_cloud(view: View) -> Iterator[str]:
@@ -172,6 +185,20 @@ def i5_epochs_rise(view: View) -> Iterator[str]:
     epochs = [row[0] for row in view.cloud.epochs]
     if epochs != sorted(set(epochs)) or (epochs and epochs[-1] != view.cloud.epoch):
         yield f"the manifest's epochs are {epochs} and its epoch is {view.cloud.epoch}"
+    late = [row for row in view.cloud.segments if row[0] > view.cloud.epoch]
+    if late:
+        yield f"the segment of turns {late[0][1]} to {late[0][2]} is of epoch {late[0][0]}, after the manifest's"
+    begins = sorted((int(row[2]), int(row[0])) for row in view.cloud.epochs)
+    firsts = {epoch: first for first, epoch in begins}
+    for turn in view.log:
+        seq, epoch = turn.header.seq, turn.header.epoch
+        if seq > view.cloud.head:
+            break
+        place = bisect_right(begins, (seq, 1 << 32)) - 1
+        if place >= 0 and epoch < begins[place][1]:
+            yield f"turn {seq} is of epoch {epoch}, and epoch {begins[place][1]} began at turn {begins[place][0]}"
+        if seq < firsts.get(epoch, 0):
+            yield f"turn {seq} is of epoch {epoch}, which began at turn {firsts[epoch]}"
 
 
 def i6_fenced_nodes_own_nothing(view: View) -> Iterator[str]:
@@ -196,6 +223,13 @@ def i7_versions_rise(view: View) -> Iterator[str]:
                 yield f"the {where}'s checkpoint {version} holds another version"
 
 
+def i9_listings_are_whole(view: View) -> Iterator[str]:
+    """Every index that should name the session does: a listing would lack it without saying so."""
+    yield from view.unlisted
+    if view.hot is not None and view.hot.owned and not view.hot.is_listed:
+        yield "the hot tier's list of its user's sessions lacks it"
+
+
 def i11_bytes_verify(view: View) -> Iterator[str]:
     """Every byte that was read verified."""
     yield from view.unreadable
@@ -205,6 +239,18 @@ def i12_nothing_crosses(view: View) -> Iterator[str]:
     """The session's hash is that of its tenant and id."""
     if rules.session_hash(view.hash_key, view.tenant, view.session) != view.h:
         yield f"its keys belong to another tenant or session than {view.tenant!r} and {view.session!r}"
+
+
+def i13_deleted_stay_deleted(view: View) -> Iterator[str]:
+    """Nothing is left of a deleted session but its tombstone."""
+    yield from view.left_over
+    cloud = view.cloud
+    if cloud is None or cloud.lifecycle != LIFECYCLE_DELETED:
+        return
+    if cloud.owner is not None:
+        yield "its tombstone has an owner"
+    if cloud.segments or cloud.index or cloud.orphans or cloud.payload or cloud.state or cloud.checkpoints:
+        yield "its tombstone still has turns, segments or a state"
 
 
 def i14_sizes_are_bounded(view: View) -> Iterator[str]:
@@ -439,17 +485,26 @@ INVARIANTS: Final[dict[str, Callable[[View], Iterator[str]]]] = {
     "I5": i5_epochs_rise,
     "I6": i6_fenced_nodes_own_nothing,
     "I7": i7_versions_rise,
+    "I9": i9_listings_are_whole,
     "I11": i11_bytes_verify,
     "I12": i12_nothing_crosses,
+    "I13": i13_deleted_stay_deleted,
     "I14": i14_sizes_are_bounded,
     "I16": i16_windows_fit,
     "I17": i17_checkpoint_is_a_replay,
 }
 
 
+# What can be said of a session that is deleted: there is no log any more.
+OF_DELETED: Final = ("I11", "I12", "I13")
+
+
 def check(view: View) -> Iterator[tuple[str, str]]:
     """(invariant, what was found) for the violations in a view; the first few of each invariant, and how many more."""
+    deleted = view.cloud is not None and view.cloud.lifecycle == LIFECYCLE_DELETED
     for name, invariant in INVARIANTS.items():
+        if deleted and name not in OF_DELETED:
+            continue
         told = 0
         try:
             for found in invariant(view):

@@ -33,7 +33,7 @@ from lmdb import verify as structure
 from sessiond import core
 from sessiond.core import state as states
 from sessiond.core.layout import FRAME_TAG
-from sessiond.core.manifest import TURN_ID_ENTRY_BYTES, TURN_IDS_MAX
+from sessiond.core.manifest import LIFECYCLE_DELETED, TURN_ID_ENTRY_BYTES, TURN_IDS_MAX
 from sessiond.errors import Corrupt, Unavailable
 from sessiond.tiers.hot import log
 from sessiond.tiers.hot.environment import Reader, Transaction
@@ -78,8 +78,8 @@ _NO_PAGE: Final = 2**64 - 1
 class Survey:
     """What was found. unusable: why the environment as a whole can't be trusted, empty if it can.
 
-    damaged: by session hash, what is wrong with its rows. unflushed: (sessions, turns) that the cloud tier lacks, as
-    far as head rows can be read. index: keys of rows in `users` that do not verify.
+    damaged: by session hash, what is wrong with its rows. unflushed: (sessions, turns) of which the cloud tier
+    lacks something, as far as head rows can be read. index: keys of rows in `users` that do not verify.
     """
 
     unusable: str = ""
@@ -303,8 +303,10 @@ def _batch(transaction: Transaction, start: bytes, found: Survey) -> bytes | Non
         found.sessions += 1
         if wrong:
             found.damaged[h] = wrong[:FINDINGS_MAX]
-        if head is not None and head.phase in HELD_PHASES and head.head_seq > head.cloud_seq:
-            found.unflushed = (found.unflushed[0] + 1, found.unflushed[1] + head.head_seq - head.cloud_seq)
+        # A deletion that the cloud tier does not know of yet counts too: without it the session would come back.
+        if head is not None and head.is_dirty and (head.phase in HELD_PHASES or head.lifecycle == LIFECYCLE_DELETED):
+            turns = head.head_seq - head.cloud_seq
+            found.unflushed = (found.unflushed[0] + 1, found.unflushed[1] + max(0, turns))
     return None
 
 
@@ -347,7 +349,7 @@ def session_damage(transaction: Transaction, h: bytes) -> tuple[list[str], Head 
 
 
 def _damaged_rows(transaction: Transaction, h: bytes, head: Head | None) -> Iterator[str]:
-    held = head is not None and head.phase in HELD_PHASES
+    held = head is not None and head.phase in HELD_PHASES and head.lifecycle != LIFECYCLE_DELETED
     last = 0
     for key, value in transaction.scan("turns", h):
         first_seq = int.from_bytes(key[16:], "big")
