@@ -43,8 +43,8 @@ from sessiond.tiers.cloud.open import open_store
 from sessiond.tiers.cloud.probe import probe
 from sessiond.tiers.cloud.s3 import S3Store
 from sessiond.tiers.cloud.store import BucketMissing, ObjectNotFound, ObjectStore, StoreDenied, StoreError
+from sessiond.tiers.hot.datafile import DATA_FILE, check_file, in_use
 from sessiond.tiers.hot.environment import MAP_USED_MAX, META_STORE, Reader
-from sessiond.tiers.hot.survey import DATA_FILE, check_file, in_use
 from sessiond.tiers.local_disk import refuse_network
 from sessiond.tokens import Tokenizer
 from sessiond.v1 import admin_pb2, admin_pb2_grpc

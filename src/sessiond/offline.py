@@ -87,7 +87,7 @@ def node_name(settings: Settings, store: ObjectStore, hot: Environment | None = 
     )
     before = {}
     if hot is not None:
-        take_node(lease, hot, hot.transaction_id)
+        take_node(lease, hot, hot.opened_at)
     else:
         before = lease.acquire() or {}
     lease.start()

@@ -25,9 +25,10 @@ from sessiond.service.sessions import REASON_LOST
 from sessiond.tiers.cloud.bucket import Bucket
 from sessiond.tiers.cloud.store import ObjectStore
 from sessiond.tiers.hot import log
+from sessiond.tiers.hot.datafile import require_unused
 from sessiond.tiers.hot.environment import Environment, Reader
 from sessiond.tiers.hot.rows import DURABILITY_CLOUD, PHASE_CLAIMING, PHASE_OWNED
-from sessiond.tiers.hot.survey import require_unused, survey
+from sessiond.tiers.hot.survey import survey
 from sessiond.tiers.hydrate import Claims, Node, load
 
 # Stands in a hot tier that a rebuild has not finished; nobody else looks at it.

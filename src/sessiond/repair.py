@@ -36,9 +36,10 @@ from sessiond.tiers.cloud.bucket import Bucket, lease_key, manifest_key, refusal
 from sessiond.tiers.cloud.lease import STANDSTILL_LEASES
 from sessiond.tiers.cloud.store import ObjectNotFound, ObjectStore, StoreError
 from sessiond.tiers.hot import log
+from sessiond.tiers.hot.datafile import require_unused
 from sessiond.tiers.hot.environment import Environment, Reader, Transaction
 from sessiond.tiers.hot.rows import PHASE_RELEASED, Head, decode_head, wrap
-from sessiond.tiers.hot.survey import SESSION_TABLES, Survey, next_frame, require_unused, survey
+from sessiond.tiers.hot.survey import SESSION_TABLES, Survey, next_frame, survey
 from sessiond.tiers.hydrate import Segments, load
 
 # Of one file of rows; an envelope holds 128 MiB.

@@ -46,6 +46,7 @@ from typing import Any, Final, TypeVar, cast
 import lmdb
 
 from sessiond.errors import Corrupt, Denied, Exhausted, Invalid, SessiondError, Unavailable
+from sessiond.tiers.hot.datafile import check_file
 from sessiond.tiers.hot.rows import unwrap, wrap
 from sessiond.tiers.local_disk import settle_names
 
@@ -149,6 +150,7 @@ class Environment:
             _make_if_absent(path, map_size_bytes)
             # LMDB fsyncs the file and not its name, without which the file is nothing.
             settle_names(str(path))
+            check_file(path)
             self._env = lmdb.open(
                 str(path),
                 map_size=map_size_bytes,
@@ -494,6 +496,7 @@ class Reader:
         """Raises Denied UNWRITABLE_FOLDER, Corrupt NEWER_FORMAT, CORRUPT_HOT_ROW or HOT_TIER_TRUNCATED, and as a disk
         does.
         """
+        check_file(path)
         try:
             self._env = lmdb.open(
                 str(path), readonly=True, create=False, max_dbs=len(TABLES), max_readers=1024, lock=True, lib_version=0

@@ -13,7 +13,6 @@ LMDB's pages carry no checksums. So the file is judged on three levels:
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import selectors
@@ -22,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -34,8 +33,9 @@ from sessiond import core
 from sessiond.core import state as states
 from sessiond.core.layout import FRAME_TAG
 from sessiond.core.manifest import LIFECYCLE_DELETED, TURN_ID_ENTRY_BYTES, TURN_IDS_MAX
-from sessiond.errors import Corrupt, Unavailable
+from sessiond.errors import Corrupt
 from sessiond.tiers.hot import log
+from sessiond.tiers.hot.datafile import DATA_FILE, alone, file_damage
 from sessiond.tiers.hot.environment import Reader, Transaction
 from sessiond.tiers.hot.rows import (
     IDS_PER_CHUNK,
@@ -51,8 +51,6 @@ from sessiond.tiers.hot.rows import (
     unwrap,
 )
 
-DATA_FILE: Final = "data.mdb"
-LOCK_FILE: Final = "lock.mdb"
 # Tables whose keys begin with a session's hash.
 SESSION_TABLES: Final = ("heads", "turns", "ids", "checkpoints", "manifests", "dirty")
 # Sessions looked at in one read transaction: a long one would keep a live daemon from using pages again.
@@ -67,11 +65,6 @@ FINDINGS_MAX: Final = 20
 _PHASES: Final = {PHASE_CLAIMING, PHASE_OWNED, PHASE_RELEASING, PHASE_RELEASED, PHASE_FENCED, PHASE_DOUBTED}
 # Phases whose rows are the session as it was acknowledged.
 HELD_PHASES: Final = frozenset({PHASE_OWNED, PHASE_RELEASING, PHASE_DOUBTED, PHASE_FENCED})
-# LMDB 0.9, 64 bit: page header (pgno, pad, flags, lower, upper), then MDB_meta. Only what is compared is named.
-_META: Final = struct.Struct("<QHHHH" + "IIQQ" + "IHHQQQQQ" + "IHHQQQQQ" + "QQ")
-_MAGIC: Final = 0xBEEFC0DE
-_META_PAGE: Final = 0x08
-_NO_PAGE: Final = 2**64 - 1
 
 
 @dataclass
@@ -87,88 +80,6 @@ class Survey:
     unflushed: tuple[int, int] = (0, 0)
     damaged: dict[bytes, list[str]] = field(default_factory=dict)
     index: list[bytes] = field(default_factory=list)
-
-
-def in_use(hot_dir: Path) -> bool:
-    """Whether some process has the environment open. Asked only by a process that has not."""
-    with _exclusive(hot_dir) as alone:
-        return not alone
-
-
-@contextmanager
-def _exclusive(hot_dir: Path) -> Iterator[bool]:
-    """Whether this process is the only one, asked by the lock that LMDB itself takes: a write lock on byte 0."""
-    try:
-        descriptor = os.open(hot_dir / LOCK_FILE, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        yield True
-        return
-    except PermissionError:
-        yield False
-        return
-    try:
-        try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 0)
-        except (BlockingIOError, PermissionError):
-            yield False
-        else:
-            yield True
-    finally:
-        os.close(descriptor)
-
-
-def require_unused(hot_dir: Path) -> None:
-    """Raises Unavailable HOT_TIER_IN_USE while some process has the environment open."""
-    if hot_dir.exists() and in_use(hot_dir):
-        raise Unavailable("HOT_TIER_IN_USE", f"A process has the hot tier in {hot_dir} open.", {"path": str(hot_dir)})
-
-
-def file_damage(hot_dir: Path) -> str:
-    """Why the file must not be mapped; empty if nothing speaks against it. A few hundred bytes are read."""
-    path = hot_dir / DATA_FILE
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        first = file.read(_META.size)
-        if len(first) < _META.size:
-            return f"{path} has {size} bytes, less than one page"
-        page_bytes = _META.unpack(first)[9]
-        if page_bytes not in (4096, 8192, 16384, 32768, 65536):
-            return f"{path} names a page of {page_bytes} bytes"
-        file.seek(page_bytes)
-        second = file.read(_META.size)
-    if len(second) < _META.size:
-        return f"{path} has {size} bytes, less than two pages"
-    numbers, last_pages = [], []
-    for place, raw in enumerate((first, second)):
-        values = _META.unpack(raw)
-        pgno, flags, magic, version = values[0], values[2], values[5], values[6]
-        if (pgno, flags, magic, version, values[9]) != (place, _META_PAGE, _MAGIC, 1, page_bytes):
-            return f"meta page {place} of {path} is damaged"
-        roots = (values[16], values[24])
-        last_page, number = values[25], values[26]
-        if number and number % 2 != place:
-            return f"meta page {place} of {path} carries transaction {number}, which belongs to the other"
-        if any(root != _NO_PAGE and not 2 <= root <= last_page for root in roots):
-            return f"meta page {place} of {path} leads outside of its file"
-        numbers.append(number)
-        last_pages.append(last_page)
-    # Commits take turns, so the two are always one apart: anything else would bring older rows back.
-    if abs(numbers[0] - numbers[1]) > 1:
-        return f"the meta pages of {path} carry the transactions {numbers[0]} and {numbers[1]}"
-    newest = last_pages[numbers.index(max(numbers))]
-    if size < (newest + 1) * page_bytes:
-        return f"{path} has {size} bytes and needs {(newest + 1) * page_bytes}: it was cut short"
-    return ""
-
-
-def check_file(hot_dir: Path) -> None:
-    """Raises Corrupt CORRUPT_HOT_ROW if the environment's file must not be mapped; nothing where there is none."""
-    try:
-        damage = file_damage(hot_dir)
-    except OSError:
-        return  # opening it says better what is wrong
-    if damage:
-        raise Corrupt("CORRUPT_HOT_ROW", f"The hot tier in {hot_dir} is damaged: {damage}.", {"path": str(hot_dir)})
 
 
 def survey(hot_dir: Path, told: Callable[[int], None] = lambda sessions: None) -> Survey:
@@ -259,8 +170,8 @@ def read_rows(payload: bytes) -> dict[str, list[tuple[bytes, bytes]]]:
 def look_through(hot_dir: Path, told: Callable[[int], None]) -> Survey:
     """The survey itself, in a process that may crash on it."""
     found = Survey()
-    with _exclusive(hot_dir) as alone:
-        if alone:
+    with alone(hot_dir) as is_alone:
+        if is_alone:
             try:
                 wrong = [str(text) for text in structure.verify(str(hot_dir))]  # type: ignore[no-untyped-call]
             except (structure.VerifyError, struct.error, IndexError) as error:

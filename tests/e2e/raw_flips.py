@@ -1,0 +1,190 @@
+"""Flips bits in LMDB's file under a child process that reads, appends and reads again, as a daemon would.
+
+A process of its own, for LMDB may crash: `python -m tests.e2e.raw_flips DATA_DIR SEED COUNT`. It prints one JSON line a
+flip: {"where", "bit", "outcome", "what"}; outcome: refused, harmless, wrong, crashed, hung.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import struct
+import sys
+from pathlib import Path
+from typing import Any
+
+from sessiond import core
+from sessiond.core import rules
+from sessiond.errors import SessiondError
+from sessiond.tiers.hot import log
+from sessiond.tiers.hot.environment import Environment
+from sessiond.tiers.hot.rows import decode_committed
+
+MAP_BYTES = 1024**3
+HANG_S = 20
+PAGE = 4096
+APPENDS = 3
+
+
+def regions(data: bytes) -> dict[str, list[tuple[int, int]]]:
+    """Where what stands in the file, as (first byte, end): LMDB's own pages by kind, and the rest by what they hold."""
+    found: dict[str, list[tuple[int, int]]] = {"meta": [(0, 152), (PAGE, PAGE + 152)]}
+    number = 2
+    while number < len(data) // PAGE:
+        at = number * PAGE
+        _, _, flags, lower, upper = struct.unpack_from("<QHHHH", data, at)
+        if flags & 0x04:  # overflow: one value over several pages
+            pages = struct.unpack_from("<I", data, at + 12)[0]
+            found.setdefault("overflow header", []).append((at, at + 16))
+            found.setdefault("values", []).append((at + 16, at + pages * PAGE))
+            number += max(1, pages)
+            continue
+        kind = "branch" if flags & 0x01 else "leaf" if flags & 0x02 else "other"
+        found.setdefault(f"{kind} header", []).append((at, at + max(16, min(lower, PAGE))))
+        if kind == "leaf" and upper < PAGE:
+            found.setdefault("leaf nodes", []).append((at + upper, at + PAGE))
+        number += 1
+    return found
+
+
+def choose(rng: random.Random, data: bytes, count: int) -> list[tuple[str, int, int]]:
+    """(region, byte, bit) of each flip: as many in each region, however small."""
+    places = regions(data)
+    chosen = []
+    for number in range(count):
+        name = sorted(places)[number % len(places)]
+        first, end = rng.choice(places[name])
+        chosen.append((name, rng.randrange(first, end), rng.randrange(8)))
+    return chosen
+
+
+def read_all(hot: Environment, sessions: list[bytes]) -> dict[str, Any]:
+    """Every session through the functions that serve it: its answer, None where there is none, or the refusal."""
+    answers: dict[str, Any] = {}
+    for h in sessions:
+        try:
+            with hot.read() as transaction:
+                head = log.read_head(transaction, h)
+                if head is None:
+                    answers[h.hex()] = None  # the service looks in the cloud tier, and says PARTIAL
+                    continue
+                frames, reached = b"", head.hot_first - 1
+                while reached < head.head_seq:
+                    piece, reached = log.frames_between(transaction, h, reached + 1, head.head_seq, 1 << 20)
+                    frames += piece
+                chains = [(found.seq, found.chain.hex()) for found in core.scan_frames(h, frames)]
+                saved = [[version, content.hex()] for version, content in log.checkpoints(transaction, h)]
+                ids = log.turn_ids(transaction, h).hex()
+                manifest = decode_committed(h, transaction.get("manifests", h))
+                answers[h.hex()] = [head.head_seq, head.state.hex(), chains, saved, ids, manifest.mutation]
+        except (SessiondError, log.HistoryNeeded) as error:
+            answers[h.hex()] = {"refused": str(error)}
+    return answers
+
+
+def append(hot: Environment, h: bytes, number: int) -> None:
+    """One append as the service makes it."""
+    body = bytes([0xA2, 0x01, 4]) + b"new%d" % number + bytes([0xAA, 0x01, 6, 0x0A, 4, 0x0A, 2]) + b"hi"
+    digest = rules.body_digest(b"key", 1, 2, 1, body)
+    turn = log.PreparedTurn(f"new{number}", 1, 2, 1, body, digest, (5, 5, 0), (1, 1, 0))
+
+    def operation(transaction: Any) -> None:
+        head = log.read_head(transaction, h)
+        if head is not None:
+            log.append(transaction, h, head.session, [turn], None, None, 1, 1, dict)
+
+    hot.run_blocking(operation)
+
+
+def look(folder: Path, sessions: list[bytes]) -> dict[str, Any]:
+    """What a node sees of its hot tier when it starts, and after some appends to its last session."""
+    try:
+        hot = Environment(folder, MAP_BYTES, 64, 8)
+    except SessiondError as error:
+        return {"refused": error.reason}
+    before = read_all(hot, sessions)
+    refusals = []
+    for number in range(APPENDS):
+        try:
+            append(hot, sessions[-1], number)
+        except (SessiondError, log.HistoryNeeded) as error:
+            refusals.append(str(error))
+    after = read_all(hot, sessions)
+    hot.close()
+    return {"before": before, "after": after, "refusals": refusals}
+
+
+def in_child(folder: Path, sessions: list[bytes]) -> tuple[str, dict[str, Any]]:
+    """(how the child ended, what it saw)."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            signal.alarm(HANG_S)
+            os.close(reading)
+            with os.fdopen(writing, "w") as out:
+                json.dump(look(folder, sessions), out)
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    os.close(writing)
+    with os.fdopen(reading) as answered:
+        said = answered.read()
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code == -signal.SIGALRM:
+        return "hung", {}
+    return ("", json.loads(said)) if code == 0 else ("crashed", {})
+
+
+def judge(seen: dict[str, Any], sound: dict[str, Any]) -> tuple[str, str]:
+    """(outcome, what)."""
+    if "refused" in seen:
+        return "refused", str(seen["refused"])
+    refused = list(seen["refusals"])
+    for moment in ("before", "after"):
+        for h, answer in seen[moment].items():
+            if answer is None or isinstance(answer, dict):
+                refused.append(f"{h}: {answer}")
+            elif answer == sound[moment][h]:
+                continue
+            elif moment == "after" and seen["refusals"] and answer == sound["before"][h]:
+                continue  # the append was refused, and changed nothing
+            else:
+                places = [place for place, (ours, theirs) in enumerate(zip(answer, sound[moment][h], strict=True))
+                          if ours != theirs]
+                return "wrong", f"{moment} {h} places {places}"
+    return ("refused", refused[0][:200]) if refused else ("harmless", "")
+
+
+def main(data_dir: str, seed: int, count: int) -> None:
+    source = Path(data_dir) / "hot"
+    data = (source / "data.mdb").read_bytes()
+    folder = Path(data_dir) / "flipped"
+    folder.mkdir()
+
+    def fresh(stored: bytes) -> None:
+        (folder / "lock.mdb").unlink(missing_ok=True)
+        (folder / "data.mdb").write_bytes(stored)
+
+    fresh(data)
+    hot = Environment(folder, MAP_BYTES, 64, 8)
+    with hot.read() as transaction:
+        sessions = [bytes(key) for key, _ in transaction.scan("heads", b"")]
+    hot.close()
+    fresh(data)
+    _, sound = in_child(folder, sessions)
+    for region, at, bit in choose(random.Random(seed), data, count):
+        damaged = bytearray(data)
+        damaged[at] ^= 1 << bit
+        fresh(bytes(damaged))
+        ended, seen = in_child(folder, sessions)
+        outcome, what = (ended, "") if ended else judge(seen, sound)
+        print(json.dumps({"region": region, "at": at, "bit": bit, "outcome": outcome, "what": what}), flush=True)
+    shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
