@@ -47,6 +47,7 @@ class HotSource:
     def __init__(self, transaction: Transaction, h: bytes, head: Head) -> None:
         self._transaction = transaction
         self._h = h
+        log.check_newest(transaction, h, head)
         self._hot_first = head.hot_first
         self._cursor = transaction.cursor("turns")
 

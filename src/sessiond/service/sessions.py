@@ -382,6 +382,7 @@ class Sessions:
             head = log.read_head(transaction, h)
             if head is not None and head.phase == PHASE_OWNED:
                 self._admit(session_id, head, user_id)
+                log.check_newest(transaction, h, head)
                 manifest = decode_committed(h, transaction.get("manifests", h))
                 return self._session_proto(
                     head.session, head.user, manifest, states.decode(head.state), head, self._missing(head.loss)
@@ -1082,6 +1083,7 @@ class Sessions:
             head = log.read_head(transaction, h)
             if head is None or head.phase != PHASE_OWNED:
                 raise not_found("")
+            log.check_newest(transaction, h, head)
             last = min(last_seq or head.head_seq, head.head_seq, first_seq + turns_max - 1)
             if first_seq > last:
                 return b"", first_seq - 1, head
@@ -1129,7 +1131,7 @@ class Sessions:
             head = log.read_head(transaction, h)
             if head is not None and head.phase == PHASE_OWNED:
                 self._admit(request.session_id, head, request.user_id)
-                saved = log.checkpoints(transaction, h)
+                saved = log.checkpoints(transaction, h, head.saved)
         if saved is None:
             cold = await self._cold(h, request.session_id, request.user_id)
             saved = [(int(version), bytes(content)) for version, content in cold.manifest.checkpoints]

@@ -106,7 +106,7 @@ def _file_damage(path: Path) -> str:
 
 
 def check_file(hot_dir: Path) -> None:
-    """Raises Corrupt CORRUPT_HOT_ROW if the meta pages of an environment can't be believed; nothing if there is none."""
+    """Raises Corrupt CORRUPT_HOT_ROW if the meta pages can't be believed; does nothing where there is no file."""
     try:
         damage = file_damage(hot_dir)
     except OSError:

@@ -244,9 +244,20 @@ def newest_frames(
     return b"".join(reversed(pieces)), due + 1
 
 
-def turn_ids(transaction: Transaction, h: bytes) -> bytes:
-    """The newest turn ids, 24 bytes an entry, in order; at least the last TURN_IDS_MAX if there are as many."""
-    return b"".join(unwrap(h, "ids", value) for _, value in transaction.scan("ids", h))
+def turn_ids(transaction: Transaction, h: bytes, head_seq: int | None = None) -> bytes:
+    """The newest turn ids, 24 bytes an entry, in order; at least the last TURN_IDS_MAX if there are as many.
+
+    head_seq: where they must end. Raises Corrupt, also where one is missing: LMDB's pages carry no checksums, and an
+    entry that damage hides would let a turn be applied twice.
+    """
+    entries = b"".join(unwrap(h, "ids", value) for _, value in transaction.scan("ids", h))
+    if head_seq is not None:
+        count = len(entries) // TURN_ID_ENTRY_BYTES
+        first = int.from_bytes(entries[16:24], "big") or 1
+        last = int.from_bytes(entries[-8:], "big")
+        if (last, last - first + 1) != (head_seq, count) or (first > 1 and count < TURN_IDS_MAX):
+            raise Corrupt("CORRUPT_HOT_ROW", f"Turn ids of session {h.hex()} are missing.", {"table": "ids"})
+    return entries
 
 
 def find_turn_id(entries: bytes, id_hash: bytes) -> tuple[int, bytes] | None:
@@ -259,12 +270,36 @@ def find_turn_id(entries: bytes, id_hash: bytes) -> tuple[int, bytes] | None:
     return None
 
 
-def checkpoints(transaction: Transaction, h: bytes) -> list[tuple[int, bytes]]:
-    """(version, state) of the stored checkpoints, oldest first."""
-    return [
+def checkpoints(transaction: Transaction, h: bytes, saved: list[int] | None = None) -> list[tuple[int, bytes]]:
+    """(version, state) of the stored checkpoints, oldest first. saved: the versions that there must be.
+
+    Raises Corrupt, also where one of them is missing.
+    """
+    found = [
         (int.from_bytes(key[16:], "big"), unwrap(h, "checkpoints", value))
         for key, value in transaction.scan("checkpoints", h)
     ]
+    if saved is not None and [version for version, _ in found] != saved:
+        what = f"A checkpoint of session {h.hex()} is missing, or one is there that should not be."
+        raise Corrupt("CORRUPT_HOT_ROW", what, {"table": "checkpoints"})
+    return found
+
+
+def check_newest(transaction: Transaction, h: bytes, head: Head) -> None:
+    """Raises Corrupt if there are turns behind the head row's newest: then it is an older one that damage brought back.
+
+    LMDB's pages carry no checksums: a pointer with a flipped bit may lead to a page that was given up, whose rows all
+    verify. Rows of turns only ever grow, so they tell.
+    """
+    row = row_for(transaction, h, head.head_seq + 1)
+    if row is None:
+        return
+    if row[0] <= head.head_seq:
+        try:
+            core.row_live(row[1], head.head_seq + 1, 0)
+        except Corrupt:
+            return  # as it should be: the row does not hold the turn after the newest
+    raise Corrupt("CORRUPT_HOT_ROW", f"Session {h.hex()} has turns behind turn {head.head_seq}, its newest.")
 
 
 def state_at(transaction: Transaction, h: bytes, seq: int, birth_metadata: dict[str, str]) -> bytes:
@@ -330,7 +365,7 @@ def append(
     Exhausted PINS_FULL, HistoryNeeded, Corrupt; nothing is written then.
     """
     head = check_writable(read_head(transaction, h), session, expiry_ms)
-    entries = turn_ids(transaction, h)
+    entries = turn_ids(transaction, h, head.head_seq)
     placed: list[Placed | None] = []
     fresh: list[PreparedTurn] = []
     hashes: list[bytes] = []
@@ -544,7 +579,7 @@ class _Sealed:
         head.state = self.state
         head.used_ms = self.time_ms
         head.expires_ms = expires_ms(head.policy, head.created_ms, self.time_ms)
-        write_checkpoints(transaction, h, self.boundaries)
+        head.saved = write_checkpoints(transaction, h, self.boundaries) or head.saved
         write_head(transaction, h, head, self.time_ms, self.waiting)
 
 
@@ -594,15 +629,16 @@ def append_ids(transaction: Transaction, h: bytes, first_seq: int, entries: Sequ
             transaction.delete("ids", key)
 
 
-def write_checkpoints(transaction: Transaction, h: bytes, boundaries: Sequence[tuple[int, bytes]]) -> None:
-    """Add checkpoints and keep the newest CHECKPOINTS_MAX."""
+def write_checkpoints(transaction: Transaction, h: bytes, boundaries: Sequence[tuple[int, bytes]]) -> list[int]:
+    """Add checkpoints and keep the newest CHECKPOINTS_MAX; the versions of all, none if nothing was added."""
     if not boundaries:
-        return
+        return []
     for version, state in boundaries[-CHECKPOINTS_MAX:]:
         transaction.put("checkpoints", seq_key(h, version), wrap(h, "checkpoints", state))
     kept = [key for key, _ in transaction.scan("checkpoints", h)]
     for key in kept[:-CHECKPOINTS_MAX]:
         transaction.delete("checkpoints", key)
+    return [int.from_bytes(key[16:], "big") for key in kept[-CHECKPOINTS_MAX:]]
 
 
 def _length_delimited(number: int, payload: bytes) -> bytes:
@@ -644,6 +680,7 @@ def replace_rows(
         by_chunk.setdefault((int.from_bytes(entry[16:], "big") - 1) // IDS_PER_CHUNK, []).append(entry)
     for chunk, entries in by_chunk.items():
         transaction.put("ids", chunk_key(h, chunk), wrap(h, "ids", b"".join(entries)))
+    head.saved = sorted(int(version) for version, _ in saved)
     for version, state in saved:
         transaction.put("checkpoints", seq_key(h, version), wrap(h, "checkpoints", state))
 

@@ -56,6 +56,8 @@ class Head(msgspec.Struct, array_like=True):
     used_ms: int = 0
     # The exchange, by its first turn, that got its answer last; a second answer to it is no news.
     answered_seq: int = 0
+    # Versions of the checkpoints that are stored, so that one that is hidden is missed; None in rows of older daemons.
+    saved: list[int] | None = None
 
     @property
     def is_dirty(self) -> bool:

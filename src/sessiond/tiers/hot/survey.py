@@ -286,7 +286,7 @@ def _damaged_rows(transaction: Transaction, h: bytes, head: Head | None) -> Iter
     except Corrupt as error:
         yield error.message
     try:
-        for version, content in log.checkpoints(transaction, h):
+        for version, content in log.checkpoints(transaction, h, head.saved if held and head else None):
             boundary = states.decode(content).boundary
             if boundary[0] << 32 | boundary[1] != version:
                 yield f"the checkpoint {version} holds another version"
