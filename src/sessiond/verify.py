@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import Any
 
 from sessiond.config import Settings
 from sessiond.core import envelope, invariants, rules
@@ -113,6 +114,18 @@ def verify(
                 progress(checked, report.garbage[1])
             checker.rest()
     return report.violations
+
+
+def read_orphan(h: bytes, row: list[Any], body: bytes) -> bytes:
+    """The frames of an orphan by its manifest's row [name, epoch, first, last, sha256]. Raises Corrupt."""
+    name, _, first, last, sha256 = row
+    if hashlib.sha256(body).digest() != bytes(sha256):
+        raise Corrupt("CORRUPT_SEGMENT", f"The orphan {name} does not match its name's sha256.", {"object": str(name)})
+    frames = envelope.unseal(body, envelope.KIND_ORPHAN, str(name))[1]
+    if [turn.header.seq for turn in invariants.view_turns(h, frames)] != list(range(first, last + 1)):
+        what = f"The orphan {name} holds other turns than {first} to {last}."
+        raise Corrupt("CORRUPT_SEGMENT", what, {"object": str(name)})
+    return frames
 
 
 @dataclass(slots=True)
@@ -400,22 +413,15 @@ class _Checker:
 
     def _read_orphans(self, manifest: Manifest, unreadable: list[str]) -> None:
         """Turns of a fenced node that the manifest lists: acknowledged, in no log, and nowhere else."""
-        for name, epoch, first, last, sha256 in manifest.orphans:
-            body = self._get(str(name))
+        for row in manifest.orphans:
+            body = self._get(str(row[0]))
             if body is None:
-                unreadable.append(f"the orphan {name} with turns {first} to {last} of epoch {epoch} is gone")
-                continue
-            if hashlib.sha256(body).digest() != bytes(sha256):
-                unreadable.append(f"the orphan {name} does not match its name's sha256")
+                unreadable.append(f"the orphan {row[0]} with turns {row[2]} to {row[3]} of epoch {row[1]} is gone")
                 continue
             try:
-                frames = envelope.unseal(body, envelope.KIND_ORPHAN, str(name))[1]
-                seqs = [turn.header.seq for turn in invariants.view_turns(manifest.h, frames)]
+                read_orphan(manifest.h, row, body)
             except Corrupt as error:
                 unreadable.append(error.message)
-                continue
-            if seqs != list(range(first, last + 1)):
-                unreadable.append(f"the orphan {name} holds other turns than {first} to {last}")
 
     def _count(self, manifest: Manifest, objects: _Objects) -> None:
         """Objects of a session that its manifest does not name: a crash came between object and manifest."""

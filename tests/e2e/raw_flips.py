@@ -1,7 +1,7 @@
 """Flips bits in LMDB's file under a child process that reads, appends and reads again, as a daemon would.
 
-A process of its own, for LMDB may crash: `python -m tests.e2e.raw_flips DATA_DIR SEED COUNT`. It prints one JSON line a
-flip: {"where", "bit", "outcome", "what"}; outcome: refused, harmless, wrong, crashed, hung.
+A process of its own, for LMDB may crash: `python -m tests.e2e.raw_flips DATA_DIR SEED COUNT [leaf] [blind]`. It prints
+one JSON line a flip: {"region", "at", "bit", "outcome", "what"}; outcome: refused, harmless, wrong, crashed, hung.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import signal
 import struct
 import sys
 import tempfile
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +52,9 @@ def regions(data: bytes) -> dict[str, list[tuple[int, int]]]:
     return found
 
 
-def choose(rng: random.Random, data: bytes, count: int) -> list[tuple[str, int, int]]:
-    """(region, byte, bit) of each flip: as many in each region, however small."""
-    places = regions(data)
+def choose(rng: random.Random, data: bytes, count: int, wanted: str) -> list[tuple[str, int, int]]:
+    """(region, byte, bit) of each flip: as many in each region, however small; in those named so, or in all."""
+    places = {name: found for name, found in regions(data).items() if name.startswith(wanted)}
     chosen = []
     for number in range(count):
         name = sorted(places)[number % len(places)]
@@ -76,12 +77,13 @@ def read_all(hot: Environment, sessions: list[bytes]) -> dict[str, Any]:
                 while reached < head.head_seq:
                     piece, reached = log.frames_between(transaction, h, reached + 1, head.head_seq, 1 << 20)
                     frames += piece
-                chains = [(found.seq, found.chain.hex()) for found in core.scan_frames(h, frames)]
                 log.check_newest(transaction, h, head)
-                saved = [[version, content.hex()] for version, content in log.checkpoints(transaction, h, head.saved)]
-                ids = log.turn_ids(transaction, h, head.head_seq).hex()
+                saved = log.checkpoints(transaction, h, head.saved)
+                ids = log.turn_ids(transaction, h, head.head_seq)
                 manifest = decode_committed(h, transaction.get("manifests", h))
-                answers[h.hex()] = [head.head_seq, head.state.hex(), chains, saved, ids, manifest.mutation]
+                core.scan_frames(h, frames)
+                said = [head.state, frames, b"".join(content for _, content in saved), ids]
+                answers[h.hex()] = [head.head_seq, manifest.mutation, *(sha256(part).hexdigest() for part in said)]
         except (SessiondError, log.HistoryNeeded) as error:
             answers[h.hex()] = {"refused": str(error)}
     return answers
@@ -165,9 +167,20 @@ def judge(seen: dict[str, Any], sound: dict[str, Any]) -> tuple[str, str]:
     return ("refused", refused[0][:200]) if refused else ("harmless", "")
 
 
-def main(data_dir: str, seed: int, count: int) -> None:
+def blind() -> None:
+    """Take out what notices that LMDB hides a row, or brings an older one back."""
+    turn_ids, checkpoints = log.turn_ids, log.checkpoints
+    log.turn_ids = lambda transaction, h, head_seq=None: turn_ids(transaction, h)
+    log.checkpoints = lambda transaction, h, saved=None: checkpoints(transaction, h)
+    log.check_newest = lambda transaction, h, head: None
+
+
+def main(data_dir: str, seed: int, count: int, wanted: str) -> None:
     source = Path(data_dir) / "hot"
     data = (source / "data.mdb").read_bytes()
+    # Without the room that is kept behind the last page: there is nothing in it to be damaged.
+    newest = max((0, PAGE), key=lambda at: struct.unpack_from("<Q", data, at + 144)[0])
+    data = data[: (struct.unpack_from("<Q", data, newest + 136)[0] + 1) * PAGE]
     # In memory where that is possible: thousands of commits, none of which has to last.
     shared = Path("/dev/shm")
     folder = Path(tempfile.mkdtemp(prefix="flipped-", dir=shared if os.access(shared, os.W_OK) else data_dir))
@@ -183,7 +196,7 @@ def main(data_dir: str, seed: int, count: int) -> None:
     hot.close()
     fresh(data)
     _, sound = in_child(folder, sessions)
-    for region, at, bit in choose(random.Random(seed), data, count):
+    for region, at, bit in choose(random.Random(seed), data, count, wanted):
         damaged = bytearray(data)
         damaged[at] ^= 1 << bit
         fresh(bytes(damaged))
@@ -194,4 +207,6 @@ def main(data_dir: str, seed: int, count: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    if "blind" in sys.argv[4:]:
+        blind()
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), "leaf" if "leaf" in sys.argv[4:] else "")
