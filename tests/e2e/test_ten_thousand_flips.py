@@ -138,19 +138,12 @@ def objects(data_dir: Path) -> Iterator[Kind]:
     body = envelope.seal(envelope.KIND_SEGMENT_INDEX, {"v": 1, "h": h, "rows": [row]})
     name = segment_index_key(h, 9, sha256(body).digest())
     store.put(name, body)
-    indexed = manifests.decode_meta(
-        {**manifests.encode_meta(manifest), "index": [name, 1, 9, 1]}, manifest.payload, "m"
-    )
+    indexed = replace(manifest, index=[name, 1, 9, 1])
     yield Kind("segment index", *at(name), lambda: Segments(store).rows(indexed), 700)
 
     body = envelope.seal(envelope.KIND_ORPHAN, {"v": 1, "h": h, "epoch": 1}, manifest.inline_frames)
-    orphan = [
-        orphan_key(h, 1, 1, sha256(body).digest()),
-        1,
-        manifest.inline_first,
-        manifest.head,
-        sha256(body).digest(),
-    ]
+    digest = sha256(body).digest()
+    orphan = [orphan_key(h, 1, 1, digest), 1, manifest.inline_first, manifest.head, digest]
     store.put(str(orphan[0]), body)
     yield Kind("orphan", *at(str(orphan[0])), lambda: read_orphan(h, orphan, store.get(str(orphan[0])).body), 700)
 
