@@ -325,7 +325,7 @@ def test_a_daemon_over_damaged_objects_answers_right_or_refuses_and_verify_names
     }
     found = violations(data_dir, monkeypatch)
     # A session whose manifest can't be read is named by its hash.
-    named = {stores.hash_of(data_dir, session).hex() for session in manifests_hit} | set(segments_hit)
+    named = {stores.hash_of(data_dir, session).hex() for session in manifests_hit} | {*segments_hit, *indexes_hit}
     assert set(found) == named
     assert all("I11" in invariants for invariants in found.values())
 
@@ -406,7 +406,7 @@ def append_to_damaged(wire: Wire, session: str, table: str) -> None:
             assert reply.turns[0].duplicate == (turn.turn_id != "new"), f"{session} ({table})"
 
 
-# The value of a users row is never read: its key says everything.
+# The value of a users row names a session whose other rows can't be read; its key says the rest.
 @pytest.mark.parametrize("table", [table for table in TABLES if table != "users"])
 def test_verify_names_a_session_with_a_flipped_row(
     killed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, table: str
