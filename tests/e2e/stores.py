@@ -94,6 +94,14 @@ def rows(data_dir: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
         yield transaction, tables
 
 
+def cut_short(path: Path) -> None:
+    """Cut LMDB's file within the pages that its newest commit refers to; behind these there is room kept ahead."""
+    stored = path.read_bytes()
+    newest = max((0, 4096), key=lambda at: int.from_bytes(stored[at + 144 : at + 152], "little"))
+    last_page = int.from_bytes(stored[newest + 136 : newest + 144], "little")
+    path.write_bytes(stored[: (last_page + 1) * 4096 * 2 // 3])
+
+
 def contents(folder: Path) -> dict[str, str]:
     """Every file below a folder by the sha256 of its bytes, without locks."""
     return {
