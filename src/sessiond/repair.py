@@ -30,7 +30,8 @@ from sessiond import core, offline
 from sessiond.config import Settings
 from sessiond.core import envelope
 from sessiond.core import state as states
-from sessiond.core.manifest import LIFECYCLE_DELETED, Manifest
+from sessiond.core.expiry import day_of
+from sessiond.core.manifest import LIFECYCLE_ACTIVE, LIFECYCLE_DELETED, Manifest
 from sessiond.errors import Corrupt, SessiondError, Unavailable
 from sessiond.tiers.cloud.bucket import Bucket, lease_key, manifest_key, refusal
 from sessiond.tiers.cloud.lease import STANDSTILL_LEASES
@@ -325,6 +326,18 @@ def user_index_object(manifest: Manifest) -> bytes:
     return envelope.seal(envelope.KIND_USER_INDEX, meta)
 
 
+def expiry_object(manifest: Manifest) -> bytes:
+    """The bytes of a session's row in the index of what expires, as its owner writes them."""
+    meta = {
+        "v": 1,
+        "tenant": manifest.tenant,
+        "session": manifest.session,
+        "h": manifest.h,
+        "day": day_of(manifest.expires_ms),
+    }
+    return envelope.seal(envelope.KIND_EXPIRY, meta)
+
+
 class _Cloud:
     """Mends what can be made again in one bucket, and names what can't."""
 
@@ -396,17 +409,16 @@ class _Cloud:
         if cold is None or cold.manifest.lifecycle == LIFECYCLE_DELETED:
             return
         manifest = cold.manifest
-        key = self._bucket.user_index_key(manifest.tenant, manifest.user, int(manifest.birth["created_ms"]), h)
-        try:
-            self._store.get(key)
-        except ObjectNotFound:
-            self._report.moved.append(
-                Moved("index row", key, "it is missing", "", then="It was made again from the manifest.")
-            )
-            if not self._dry_run:
-                self._put(key, user_index_object(manifest))
-        except StoreError as error:
-            raise refusal(error) from error
+        for key, body in self._index_rows(manifest).items():
+            try:
+                self._store.get(key)
+            except ObjectNotFound:
+                then = "It was made again from the manifest."
+                self._report.moved.append(Moved("index row", key, "it is missing", "", then=then))
+                if not self._dry_run:
+                    self._put(key, body)
+            except StoreError as error:
+                raise refusal(error) from error
         try:
             for row in self._segments.rows(manifest):
                 try:
@@ -441,26 +453,35 @@ class _Cloud:
         except Corrupt as error:
             if error.reason == "NEWER_FORMAT":
                 return
-            damage = error.message
-        fresh = self._derived(key) if kind == envelope.KIND_USER_INDEX else None
-        then = "It was made again from the manifest." if fresh else "It names no session that there is."
-        if kind == envelope.KIND_EXPIRY:
-            then = "The session's next append writes it again."
-        self._move("index row", key, body, damage, then, fresh)
+            damage = error
+        try:
+            fresh = self._derived(key)
+        except Corrupt:
+            self._hurt(key, damage, "Restore the session's manifest first, then run this again: it is made from that.")
+            return
+        then = "It was made again from the manifest." if fresh else "It names no session that needs it."
+        self._move("index row", key, body, damage.message, then, fresh)
+
+    def _index_rows(self, manifest: Manifest) -> dict[str, bytes]:
+        """The rows of the indexes that a session must have, by key."""
+        created_ms = int(manifest.birth["created_ms"])
+        by_user = self._bucket.user_index_key(manifest.tenant, manifest.user, created_ms, manifest.h)
+        rows = {by_user: user_index_object(manifest)}
+        if manifest.expires_ms and manifest.lifecycle == LIFECYCLE_ACTIVE:
+            day = day_of(manifest.expires_ms)
+            rows[self._bucket.expiry_key(manifest.tenant, day, manifest.h)] = expiry_object(manifest)
+        return rows
 
     def _derived(self, key: str) -> bytes | None:
-        """What should stand at a key of the index by user; None if no session is indexed by it."""
+        """What should stand at a key of an index; None if no session is to be found by it. Raises as `load` does."""
         try:
-            h = bytes.fromhex(key.rsplit("-", 1)[-1])
-            cold = load(self._store, h)
-        except (ValueError, SessiondError):
+            h = bytes.fromhex(key.rsplit("/", 1)[-1].rsplit("-", 1)[-1])
+        except ValueError:
             return None
+        cold = load(self._store, h)
         if cold is None or cold.manifest.lifecycle == LIFECYCLE_DELETED:
             return None
-        manifest = cold.manifest
-        created_ms = int(manifest.birth["created_ms"])
-        indexed = self._bucket.user_index_key(manifest.tenant, manifest.user, created_ms, h)
-        return user_index_object(manifest) if indexed == key else None
+        return self._index_rows(cold.manifest).get(key)
 
     def _move(self, what: str, key: str, body: bytes, damage: str, then: str, fresh: bytes | None = None) -> None:
         """Copy an object to aside/, then replace or remove it."""

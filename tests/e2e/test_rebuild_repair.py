@@ -460,6 +460,39 @@ def test_damaged_rows_of_the_index_are_copied_and_made_again(flushed: Path, tmp_
     assert repair(data_dir).json["moved"] == []
 
 
+@pytest.mark.parametrize("damage", ["flip", "remove"])
+def test_a_damaged_row_of_the_expiry_index_is_made_again_as_it_was(tmp_path: Path, damage: str) -> None:
+    data_dir = tmp_path / "data"
+    with running_daemon(data_dir) as daemon, contextlib.closing(Wire(daemon.address)) as wire:
+        policy = turn_pb2.SessionPolicy()
+        policy.expiry.ttl_ms = 40 * 86_400_000
+        wire.create("expires", policy=policy)
+        wire.append("expires", user("t1", "Not for long."))
+        assert daemon.terminate() == exits.OK
+    [path] = [path for path in (data_dir / "cloud" / "x").rglob("*") if path.is_file()]
+    sound = path.read_bytes()
+    if damage == "flip":
+        flip(path)
+    else:
+        path.unlink()
+    [moved] = repair(data_dir).json["moved"]
+    assert moved["name"] == str(path.relative_to(data_dir / "cloud"))
+    assert path.read_bytes() == sound
+    assert clean(data_dir)
+
+
+def test_a_row_of_the_index_whose_manifest_is_damaged_too_is_left_where_it_is(flushed: Path, tmp_path: Path) -> None:
+    data_dir = stores.copy(flushed, tmp_path / "data")
+    shutil.rmtree(data_dir / "hot")
+    row = sorted((data_dir / "cloud" / "u").rglob("*-*"))[0]
+    flip(row)
+    flip(data_dir / "cloud" / "m" / row.name.rsplit("-", 1)[1])
+    before = stores.contents(data_dir)
+    ran = repair(data_dir)
+    assert (ran.code, ran.json["moved"], len(ran.json["hurt"])) == (exits.CORRUPT, [], 2)
+    assert stores.contents(data_dir) == before
+
+
 def flip(path: Path) -> None:
     stored = bytearray(path.read_bytes())
     stored[len(stored) // 2] ^= 16
