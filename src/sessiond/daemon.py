@@ -128,6 +128,9 @@ class Daemon:
         )
         await asyncio.to_thread(take_node, lease, hot, hot.opened_at)
         identity = NodeIdentity(hot.incarnation, settings.node, settings.listen)
+        # getattr: until every store has a clock of its own
+        expiry_ms = SteadyClock(now_ms, boot_clock_ms, getattr(store, "clock_ms", lambda: None), lease.seen_ms())
+        lease.seen_ms = expiry_ms
         lease.start()
         opened.callback(lease.stop, False)
         flusher = Flusher(
@@ -148,8 +151,6 @@ class Daemon:
         opened.callback(executor.shutdown, wait=True, cancel_futures=True)
         counting = ThreadPoolExecutor(max_workers=COUNT_THREADS, thread_name_prefix="count")
         opened.callback(counting.shutdown, wait=True, cancel_futures=True)
-        # getattr: until every store has a clock of its own
-        expiry_ms = SteadyClock(now_ms, boot_clock_ms, getattr(store, "clock_ms", lambda: None))
         parts = Parts(
             hot=hot,
             store=store,

@@ -37,6 +37,11 @@ class SessiondError(Exception):
         return f"{self.message} {self.remedy}".strip()
 
 
+def reason_of(error: BaseException) -> str:
+    """A short name of what went wrong, for a status: a defect is named by its type."""
+    return error.reason if isinstance(error, SessiondError) else type(error).__name__
+
+
 class NotFound(SessiondError):
     """There is no such thing, and we are sure of it."""
 

@@ -393,7 +393,6 @@ def test_a_clock_that_jumps_forward_expires_nothing_and_one_that_runs_does() -> 
     steady = SteadyClock(lambda: wall[0], lambda: boot[0], lambda: store[0])
     wall[0] += 30 * DAY_MS
     assert steady() == START_MS
-    assert steady.ahead_ms() == 30 * DAY_MS
     boot[0] += HOUR_MS
     assert steady() == START_MS + HOUR_MS
     wall[0] = START_MS - DAY_MS
@@ -401,6 +400,26 @@ def test_a_clock_that_jumps_forward_expires_nothing_and_one_that_runs_does() -> 
     # The store's clock decides where it has one.
     wall[0], store[0] = START_MS + 30 * DAY_MS, START_MS + 20 * DAY_MS
     assert steady() == START_MS + 20 * DAY_MS
+
+
+def test_a_clock_that_is_wrong_at_the_start_is_believed_only_when_nobody_corrects_it() -> None:
+    wall, boot = [START_MS + 30 * DAY_MS], [1000]
+    steady = SteadyClock(lambda: wall[0], lambda: boot[0], lambda: None, seen_ms=START_MS)
+    assert steady() == START_MS
+    boot[0] += HOUR_MS - 1
+    assert steady() == START_MS + HOUR_MS - 1
+    # It was right: the node was away for a month.
+    boot[0] += 1
+    assert steady() == START_MS + 30 * DAY_MS
+    # And where a time server set it right meanwhile, nothing ever came of it.
+    wall, boot = [START_MS + 30 * DAY_MS], [1000]
+    steady = SteadyClock(lambda: wall[0], lambda: boot[0], lambda: None, seen_ms=START_MS)
+    wall[0] = START_MS + 5000
+    boot[0] += HOUR_MS
+    assert steady() == START_MS + 5000
+    # A node that was never seen, or a short while ago, is believed at once.
+    assert SteadyClock(lambda: wall[0], lambda: boot[0], lambda: None, seen_ms=0)() == wall[0]
+    assert SteadyClock(lambda: wall[0], lambda: boot[0], lambda: None, seen_ms=wall[0] - HOUR_MS)() == wall[0]
 
 
 # Idle release and eviction -----------------------------------------------------------------------------------------

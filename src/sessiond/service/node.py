@@ -14,7 +14,7 @@ from typing import Final
 
 from sessiond import core
 from sessiond.core import rules
-from sessiond.errors import REASONS, SessiondError
+from sessiond.errors import REASONS, SessiondError, reason_of
 from sessiond.service.prepare import check_session_id
 from sessiond.service.sessions import Call, Parts, Sessions
 from sessiond.tiers.cloud.counting import CountingStore
@@ -260,8 +260,3 @@ class Node:
                 yield progress
                 return
             await asyncio.sleep(min(0.2, max(0.0, (deadline_ms - boot_clock_ms()) / 1000)))
-
-
-def reason_of(error: BaseException) -> str:
-    """A short name of what went wrong."""
-    return error.reason if isinstance(error, SessiondError) else type(error).__name__

@@ -20,7 +20,7 @@ from sessiond.tiers.cloud.bucket import segment_key
 SMALL_BYTES_MAX: Final = 1024**2
 # So many small neighbours are merged when a flush has the time, and so many in any case.
 MERGE_SEGMENTS_MIN: Final = 32
-MERGE_SEGMENTS_OVERDUE: Final = 64
+MERGE_SEGMENTS_OVERDUE: Final = 48
 # What a merge replaced is deleted so long after it: no reader works with one manifest for as long as this, and one that
 # does finds the object gone and reads the manifest again.
 REPLACED_KEPT_MS: Final = 2 * 60 * 1000

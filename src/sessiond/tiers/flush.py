@@ -33,7 +33,7 @@ from sessiond.core.manifest import (
     TURN_IDS_MAX,
     Manifest,
 )
-from sessiond.errors import Conflict, Corrupt, SessiondError, Unavailable
+from sessiond.errors import Conflict, Corrupt, SessiondError, Unavailable, reason_of
 from sessiond.tiers.cloud.bucket import Bucket, refusal, segment_index_key
 from sessiond.tiers.cloud.lease import boot_clock_ms
 from sessiond.tiers.cloud.store import Ambiguous, ObjectStore, StoreError
@@ -251,8 +251,8 @@ class Flusher:
                 if len(self._due) < DUE_LOW:
                     self._collect()
                 self._feed()
-            except SessiondError as error:
-                self.last_error = error.reason
+            except Exception as error:  # whatever it is, the backlog must go on
+                self.last_error = reason_of(error)
 
     def _collect(self) -> None:
         """Gather the sessions that are due, the longest waiting first: none is passed over for ever."""
@@ -347,7 +347,7 @@ class Flusher:
                     return
 
     def _note_failure(self, h: bytes, error: BaseException) -> None:
-        self.last_error = error.reason if isinstance(error, SessiondError) else type(error).__name__
+        self.last_error = reason_of(error)
         if self.last_error in _STORE_REASONS:
             self._pace.failed(boot_clock_ms())
             return

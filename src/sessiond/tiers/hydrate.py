@@ -339,7 +339,7 @@ class Claims:
                 transaction.put("heads", h, encode_head(h, intent))
             return True
 
-        if not self._hot.run_blocking(remember):
+        if not self._hot.run_blocking(remember, weight_bytes=1):
             return False
         index = self._pool.submit(self._put_index_rows, manifest)
         try:
@@ -418,6 +418,12 @@ class Claims:
         """
         old = cold.manifest
         h, epoch = old.h, old.epoch + 1
+        if old.mutation == 1:
+            # Its creation may have been cut short before the rows that name it, by a crash that took the disk as well.
+            try:
+                self._put_index_rows(old)
+            except StoreError as error:
+                raise refusal(error) from error
         orphan = self._put_orphan(h)
         owned = list(old.epochs)
         if owned:
@@ -515,7 +521,8 @@ class Claims:
             key = user_key(tenant, user, head.created_ms, h)
             transaction.put("users", key, wrap(h, "users", manifest.session.encode()))
 
-        self._hot.run_blocking(operation, weight_bytes=len(manifest.payload))
+        # Never of no weight: what is left of a full disk is for flush, release and evict.
+        self._hot.run_blocking(operation, weight_bytes=1 + len(manifest.payload))
 
     def resume_claim(self, cold: Cold, head: Head) -> bool:
         """Finish a claim that a crash cut short after its write had landed; whether it had."""

@@ -7,29 +7,42 @@ start. A jump forward therefore ends no session. It never decides what to do wit
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Final
+
+# A node that was away for longer than this, by its own wall clock, may only have a clock that is wrong after a boot:
+# for so long it goes on from when it was last seen. Time servers need minutes, operators somewhat longer.
+DOUBT_MS: Final = 3_600_000
 
 
 class SteadyClock:
     """Milliseconds since 1970, late rather than early.
 
     wall_ms: the wall clock. boot_ms: milliseconds since boot, which no administrator sets. store_ms: the store's clock,
-    None where it has none of its own.
+    None where it has none of its own. seen_ms: when this node was last seen alive, 0 if that is not known.
     """
 
     def __init__(
-        self, wall_ms: Callable[[], int], boot_ms: Callable[[], int], store_ms: Callable[[], int | None]
+        self,
+        wall_ms: Callable[[], int],
+        boot_ms: Callable[[], int],
+        store_ms: Callable[[], int | None],
+        seen_ms: int = 0,
     ) -> None:
         self._wall_ms = wall_ms
         self._boot_ms = boot_ms
         self._store_ms = store_ms
-        self._start_ms = wall_ms() - boot_ms()
+        start_ms, booted_ms = wall_ms(), boot_ms()
+        doubted = seen_ms > 0 and start_ms - seen_ms > DOUBT_MS
+        self._offset_ms = (seen_ms if doubted else start_ms) - booted_ms
+        self._doubted_until_ms = booted_ms + DOUBT_MS if doubted else 0
 
     def __call__(self) -> int:
         """The time by which a session has certainly expired, if it has."""
-        store_ms = self._store_ms()
-        steady_ms = self._start_ms + self._boot_ms() if store_ms is None else store_ms
-        return min(self._wall_ms(), steady_ms)
-
-    def ahead_ms(self) -> int:
-        """How far the wall clock is ahead of this one."""
-        return self._wall_ms() - self()
+        wall_ms, steady_ms = self._wall_ms(), self._store_ms()
+        if steady_ms is None:
+            boot_ms = self._boot_ms()
+            if self._doubted_until_ms and boot_ms >= self._doubted_until_ms:
+                # Nobody corrected the clock: the node was away for as long as it says.
+                self._offset_ms, self._doubted_until_ms = wall_ms - boot_ms, 0
+            steady_ms = self._offset_ms + boot_ms
+        return min(wall_ms, steady_ms)

@@ -14,7 +14,7 @@ from typing import Final
 
 from sessiond.core.expiry import day_of, lifecycle_at
 from sessiond.core.manifest import LIFECYCLE_ACTIVE, LIFECYCLE_ARCHIVED, LIFECYCLE_DELETED, LOSS_HOT_TIER, Manifest
-from sessiond.errors import Corrupt, SessiondError
+from sessiond.errors import Corrupt, SessiondError, reason_of
 from sessiond.tiers.cloud.bucket import Bucket, refusal
 from sessiond.tiers.cloud.store import ObjectStore, StoreError
 from sessiond.tiers.flush import Flusher
@@ -110,8 +110,8 @@ class Upkeep:
         while not self._stop.wait(TICK_S):
             try:
                 self.tick()
-            except SessiondError as error:
-                self.last_error = error.reason
+            except Exception as error:  # whatever it is, the next tick comes
+                self.last_error = reason_of(error)
 
     def tick(self) -> None:
         """One slice of each duty. Raises as the hot tier does."""

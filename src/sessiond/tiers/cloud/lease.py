@@ -106,6 +106,8 @@ class Lease:
             **process_identity(),
         }
         self.lost = False
+        # What time it is, for a successor whose clock says something else; 0 until somebody knows.
+        self.seen_ms: Callable[[], int] = lambda: 0
 
     def acquire(self) -> dict[str, Any] | None:
         """Take the node's name. A predecessor that is provably gone, or stood still long enough, is fenced by it.
@@ -143,6 +145,8 @@ class Lease:
                         self._wait(min(wait_ms, self._lease_ms) / 4000)
                         continue
                 self._renewals = int(holder.get("renewals", 0))
+                seen_ms = int(holder.get("seen_ms", 0))
+                self.seen_ms = lambda: seen_ms
                 self._write(sent_ms, if_match=found.etag)
                 return dict(holder)
             except (PreconditionLost, Ambiguous):
@@ -169,7 +173,7 @@ class Lease:
     def _write(self, sent_ms: int, *, if_absent: bool = False, if_match: str | None = None) -> None:
         self._renewals += 1
         # txn: how far the hot tier had come. A copy that was put back is behind it, and is another hot tier.
-        moving = {"renewals": self._renewals, "txn": self._transaction_id()}
+        moving = {"renewals": self._renewals, "txn": self._transaction_id(), "seen_ms": self.seen_ms()}
         body = envelope.seal(envelope.KIND_LEASE, {**self._fields, **moving})
         self._etag = self._store.put(self._key, body, if_absent=if_absent, if_match=if_match)
         self._valid_until_ms = sent_ms + self._lease_ms

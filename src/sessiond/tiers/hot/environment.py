@@ -205,7 +205,10 @@ class Environment:
             self._file = -1
 
     def bind_store(self, store_id: bytes) -> None:
-        """Tie this hot tier to its bucket at first use. Raises Invalid WRONG_STORE if it is tied to another."""
+        """Tie this hot tier to its bucket at first use, and note that it was opened. Before anything is served.
+
+        Raises Invalid WRONG_STORE if it is tied to another; nothing is written then.
+        """
 
         def operation(transaction: Transaction) -> None:
             known = transaction.get("meta", META_STORE)
@@ -217,6 +220,12 @@ class Environment:
                     f"The hot tier in {self.path} belongs to store {bytes(known).hex()}, not to {store_id.hex()}.",
                     {"path": str(self.path)},
                 )
+            # A commit that changes something, at every start: a process that was killed between its last write and the
+            # fsync leaves pages that can be seen and are not on the disk. Nothing is served from them before this
+            # commit's fsync has put all of the file there. It also finds a disk that takes no writes before anybody
+            # relies on it.
+            opened = int.from_bytes(transaction.get("meta", META_OPENED) or b"", "big") + 1
+            transaction.put("meta", META_OPENED, opened.to_bytes(8, "big"))
 
         self.run_blocking(operation)
 
@@ -585,14 +594,7 @@ def _settle_meta(env: Any, tables: dict[str, Any], path: Path) -> bytes:
         if transaction.get("meta", META_FORMAT) is None:
             transaction.put("meta", META_FORMAT, FORMAT_VERSION.to_bytes(4, "big"))
             _put_incarnation(transaction, os.urandom(16))
-        incarnation = _incarnation(transaction, path)
-        # A commit that changes something, at every start: a process that was killed between its last write and the
-        # fsync leaves pages that can be seen and are not on the disk. Nothing is served from them before this
-        # commit's fsync has put all of the file there. It also finds a disk that takes no writes before anybody
-        # relies on it.
-        opened = int.from_bytes(transaction.get("meta", META_OPENED) or b"", "big") + 1
-        transaction.put("meta", META_OPENED, opened.to_bytes(8, "big"))
-        return incarnation
+        return _incarnation(transaction, path)
 
 
 def _incarnation(transaction: Transaction, path: Path) -> bytes:
