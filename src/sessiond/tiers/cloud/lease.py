@@ -11,6 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from sessiond.core import envelope
@@ -145,8 +146,7 @@ class Lease:
                         self._wait(min(wait_ms, self._lease_ms) / 4000)
                         continue
                 self._renewals = int(holder.get("renewals", 0))
-                seen_ms = int(holder.get("seen_ms", 0))
-                self.seen_ms = lambda: seen_ms
+                self.seen_ms = partial(int, holder.get("seen_ms", 0))
                 self._write(sent_ms, if_match=found.etag)
                 return dict(holder)
             except (PreconditionLost, Ambiguous):
