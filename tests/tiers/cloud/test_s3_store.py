@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import zlib
 from base64 import b64encode
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from botocore.response import StreamingBody
 from botocore.stub import Stubber
 
 from sessiond import errors
+from sessiond.tiers.cloud.counting import CountingStore
 from sessiond.tiers.cloud.s3 import S3Store
 from sessiond.tiers.cloud.store import (
     Ambiguous,
@@ -433,6 +435,45 @@ def test_a_connection_that_is_not_accepted_in_time_sent_nothing_and_is_unavailab
             client.close()
 
 
+# The store's clock
+
+NEW_YEAR = b"Date: Thu, 01 Jan 2026 00:00:00 GMT\r\n"
+NEW_YEAR_MS = 1_767_225_600_000
+
+
+@pytest.mark.parametrize("status", [b"200 OK", b"412 Precondition Failed", b"503 Slow Down"])
+def test_the_clock_is_the_stores_by_whatever_it_answered_last(status: bytes, monkeypatch: pytest.MonkeyPatch):
+    boot_ms = 5_000
+    monkeypatch.setattr("sessiond.tiers.cloud.s3._boot_ms", lambda: boot_ms)
+    later = b"Date: Thu, 01 Jan 2026 00:01:00 GMT\r\n"
+    head, _, rest = PUT_REPLY.partition(b"\r\n")
+    with Server(head + b"\r\n" + NEW_YEAR + rest) as server, closing(s3_store(server)) as store:
+        assert store.clock_ms() is None
+        store.put("m/1", b"body")
+        assert store.clock_ms() == NEW_YEAR_MS
+        boot_ms += 1_500
+        assert store.clock_ms() == NEW_YEAR_MS + 1_500
+        server.reply = b"HTTP/1.1 " + status + b"\r\n" + later + rest
+        with suppress(StoreError):
+            store.put("m/1", b"body")
+        assert store.clock_ms() == NEW_YEAR_MS + 60_000
+        # A reply without a date leaves it as it was, and so does none at all.
+        for reply in (PUT_REPLY, b""):
+            server.reply = reply
+            with suppress(StoreError):
+                store.put("m/1", b"body")
+            assert store.clock_ms() == NEW_YEAR_MS + 60_000
+
+
+def test_a_date_that_is_cut_off_does_not_move_the_clock():
+    with Server(b"") as server, closing(s3_store(server)) as store:
+        for end in range(len(OK), len(OK) + len(NEW_YEAR) - 2):
+            server.reply = (OK + NEW_YEAR)[:end]
+            with pytest.raises(Ambiguous):
+                store.put("m/1", b"body")
+            assert store.clock_ms() is None
+
+
 # Credentials and settings
 
 
@@ -488,6 +529,17 @@ def test_a_missing_bucket_is_missing(real: Seaweed):
         for call in [GET, GET_RANGE, PUT, DELETE, LIST]:
             with pytest.raises(BucketMissing):
                 call(store)
+
+
+def test_the_clock_of_a_real_store_is_about_this_machines(real: Seaweed):
+    with closing(CountingStore(S3Store(real.bucket, "clock", endpoint=real.endpoint, path_style=True))) as store:
+        assert store.clock_ms() is None
+        with pytest.raises(ObjectNotFound):
+            store.get("m/1")
+        told_ms = store.clock_ms()
+        # A wide margin: only that it is a date at all, and in milliseconds.
+        assert told_ms is not None
+        assert abs(told_ms - time.time_ns() // 1_000_000) < 600_000
 
 
 @pytest.mark.parametrize("name", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"])

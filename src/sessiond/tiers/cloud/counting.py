@@ -119,6 +119,10 @@ class CountingStore(ObjectStore):
         with self._counted("list", prefix):
             yield from rows
 
+    def clock_ms(self) -> int | None:
+        """The clock of the store inside; no request, so not counted."""
+        return self._store.clock_ms()
+
     def close(self) -> None:
         """Close the store inside; the counts stay readable."""
         self._store.close()

@@ -10,8 +10,11 @@ that only a whole reply has.
 
 from __future__ import annotations
 
+import re
+import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
+from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 
 from sessiond import errors
@@ -54,6 +57,8 @@ _NOT_SET = frozenset(
         "ObjectLockConfigurationNotFoundError",
     )
 )
+# RFC 9110, section 5.6.7: what a server sends in Date.
+_DATE = re.compile(r"[A-Z][a-z]{2}, \d{2} [A-Z][a-z]{2} \d{4} \d{2}:\d{2}:\d{2} GMT")
 
 
 class S3Store(ObjectStore):
@@ -114,6 +119,9 @@ class S3Store(ObjectStore):
                 {"cloud": self.url, "s3_endpoint": endpoint},
                 [("s3_endpoint" if endpoint else "cloud", str(error))],
             ) from error
+        # The store's clock as a reply told it, and the boot clock when that came.
+        self._told: tuple[int, int] | None = None
+        self._client.meta.events.register("response-received.s3", self._note_date)
 
     def get(self, key: str, first_byte: int | None = None, last_byte: int | None = None) -> Stored:
         """One GetObject, with Range for a range."""
@@ -211,9 +219,25 @@ class S3Store(ObjectStore):
             raise _explain("list", "", error) from error
         return reply
 
+    def clock_ms(self) -> int | None:
+        """By the newest reply's Date, errors included, carried on with the clock that also counts time asleep."""
+        told = self._told
+        return None if told is None else told[0] + _boot_ms() - told[1]
+
+    def _note_date(self, response_dict: dict[str, Any] | None = None, **_: Any) -> None:
+        date = (response_dict or {}).get("headers", {}).get("Date", "")
+        # Whole or not at all: a reply that was cut off in its year would set the clock back by centuries.
+        if _DATE.fullmatch(date):
+            with suppress(ValueError):
+                self._told = round(parsedate_to_datetime(date).timestamp() * 1000), _boot_ms()
+
     def close(self) -> None:
         """Close the pool of connections."""
         self._client.close()
+
+
+def _boot_ms() -> int:
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000_000
 
 
 def _whole(etag: str) -> bool:

@@ -1,4 +1,4 @@
-"""The one interface to object stores: five methods, conditional writes part of it.
+"""The one interface to object stores: six methods, conditional writes part of it.
 
 It promises that every method makes one attempt and says truthfully what became of it. It never retries, never lists
 where a key is known, and never interprets what it stores.
@@ -86,6 +86,13 @@ class ObjectStore(Protocol):
 
         Raises StoreUnavailable, StoreDenied, BucketMissing.
         """
+
+    def clock_ms(self) -> int | None:
+        """The store's own clock, in ms since 1970; None if it has told none, or if it is this machine's.
+
+        It may be a second behind, and is as wrong as the store is. It asks nothing of the store.
+        """
+        return None
 
     def close(self) -> None:
         """Let go of connections; the store is not used afterwards."""
