@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -96,13 +97,13 @@ def _command(folder: str, ports: list[int], bucket: str) -> list[str]:
     return [setpriv, "--pdeathsig", "KILL", *command] if setpriv else command
 
 
-def _put_works(server: Seaweed) -> bool:
-    # The store itself is under test, so another client asks; its import is slow and only this function needs it.
+def s3_client(server: Seaweed) -> Any:
+    """A client of the server that is none of ours."""
+    # The store itself is under test, so another client asks; its import is slow and few need it.
     import boto3
     from botocore.config import Config
-    from botocore.exceptions import BotoCoreError, ClientError
 
-    client = boto3.session.Session().client(
+    return boto3.session.Session().client(
         "s3",
         endpoint_url=server.endpoint,
         region_name="us-east-1",
@@ -112,7 +113,27 @@ def _put_works(server: Seaweed) -> bool:
             connect_timeout=1, read_timeout=5, retries={"total_max_attempts": 1}, s3={"addressing_style": "path"}
         ),
     )
-    with contextlib.closing(client):
+
+
+def make_bucket(server: Seaweed, name: str, *, versioned: bool = False, locked: bool = False) -> str:
+    """A bucket of this name, made if it is not there; locked: every version is kept for a day (GOVERNANCE)."""
+    with contextlib.closing(s3_client(server)) as client:
+        if name in [bucket["Name"] for bucket in client.list_buckets()["Buckets"]]:
+            return name
+        client.create_bucket(Bucket=name, ObjectLockEnabledForBucket=locked)
+        if versioned:
+            client.put_bucket_versioning(Bucket=name, VersioningConfiguration={"Status": "Enabled"})
+        if locked:
+            rule = {"DefaultRetention": {"Mode": "GOVERNANCE", "Days": 1}}
+            kept = {"ObjectLockEnabled": "Enabled", "Rule": rule}
+            client.put_object_lock_configuration(Bucket=name, ObjectLockConfiguration=kept)
+    return name
+
+
+def _put_works(server: Seaweed) -> bool:
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    with contextlib.closing(s3_client(server)) as client:
         try:
             client.put_object(Bucket=server.bucket, Key="started", Body=b"yes")
         except (BotoCoreError, ClientError):

@@ -26,6 +26,10 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     s3_endpoint: str = ""
     s3_region: str = ""
     s3_path_style: bool | None = None
+    s3_checksum: str = "crc32c"
+    s3_tags: str = ""
+    s3_sse: str = ""
+    s3_kms_key: str = ""
     hash_key: str = ""
     map_size_bytes: int = 64 * 1024**3
     readers_max: int = 1024
@@ -60,6 +64,38 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     def node(self) -> str:
         """The node's name: as set, else the host's."""
         return self.node_name or socket.gethostname()
+
+    @property
+    def object_tags(self) -> dict[str, str]:
+        """The tags of s3_tags. Raises ValueError for what is none."""
+        return parse_tags(self.s3_tags)
+
+
+# S3 allows 10 tags; one is the object's kind. Lengths and characters: "Categorizing your storage using tags".
+TAGS_MAX = 9
+TAG_KEY_CHARACTERS_MAX = 128
+TAG_VALUE_CHARACTERS_MAX = 256
+_TAG = re.compile(r"[A-Za-z0-9 +\-._:/@]*")
+
+
+def parse_tags(text: str) -> dict[str, str]:
+    """Tags written as `team=chat,env=prod`. Raises ValueError with what is wrong."""
+    tags: dict[str, str] = {}
+    for item in text.split(",") if text else ():
+        key, equals, value = (part.strip() for part in item.partition("="))
+        if not equals or not key:
+            raise ValueError(f"{item!r} is not key=value")
+        for part, limit in ((key, TAG_KEY_CHARACTERS_MAX), (value, TAG_VALUE_CHARACTERS_MAX)):
+            if len(part) > limit or not _TAG.fullmatch(part):
+                raise ValueError(f"{part[:80]!r} is not at most {limit} of A-Z a-z 0-9 space + - . _ : / @")
+        if key.lower().startswith("aws:") or key == "sessiond-kind":
+            raise ValueError(f"the tag {key!r} is reserved")
+        if key in tags:
+            raise ValueError(f"the tag {key!r} is there twice")
+        tags[key] = value
+    if len(tags) > TAGS_MAX:
+        raise ValueError(f"{len(tags)} tags are more than {TAGS_MAX}")
+    return tags
 
 
 _RANGES: dict[str, tuple[int, int]] = {
@@ -148,6 +184,16 @@ def check(settings: Settings) -> Settings:
             raise _wrong("hash_key", "it is not hexadecimal") from None
         if not 16 <= len(secret) <= 64:
             raise _wrong("hash_key", f"it has {len(secret)} bytes; 16 to 64 are needed")
+    if settings.s3_checksum not in ("crc32c", "sha256", "none"):
+        raise _wrong("s3_checksum", f"{settings.s3_checksum!r} is none of crc32c, sha256, none")
+    try:
+        parse_tags(settings.s3_tags)
+    except ValueError as error:
+        raise _wrong("s3_tags", str(error)) from None
+    if settings.s3_sse not in ("", "AES256", "aws:kms"):
+        raise _wrong("s3_sse", f"{settings.s3_sse!r} is neither empty nor AES256 nor aws:kms")
+    if settings.s3_kms_key and settings.s3_sse != "aws:kms":
+        raise _wrong("s3_kms_key", "it is only for s3_sse aws:kms")
     if settings.log_level not in ("debug", "info", "warning", "error"):
         raise _wrong("log_level", f"{settings.log_level!r} is none of debug, info, warning, error")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", settings.node):

@@ -22,7 +22,7 @@ from sessiond.tiers.cloud.bucket import open_bucket
 from sessiond.tiers.cloud.counting import CountingStore
 from sessiond.tiers.cloud.fit import ensure_fit
 from sessiond.tiers.cloud.lease import Lease, boot_clock_ms
-from sessiond.tiers.cloud.open import open_store
+from sessiond.tiers.cloud.open import open_configured
 from sessiond.tiers.flush import Flusher
 from sessiond.tiers.hot.environment import Environment
 from sessiond.tiers.hot.log import doubt_owned
@@ -85,16 +85,7 @@ class Daemon:
         self.port = server.bind(settings.listen)
         tokenizer = Tokenizer()
         tokenizer.verify_vocabularies()
-        store = CountingStore(
-            open_store(
-                settings.cloud_url,
-                endpoint=settings.s3_endpoint,
-                region=settings.s3_region,
-                path_style=settings.s3_path_style,
-                connect_timeout_ms=settings.store_connect_timeout_ms,
-                read_timeout_ms=settings.store_read_timeout_ms,
-            )
-        )
+        store = CountingStore(open_configured(settings))
         opened.callback(store.close)
         bucket = open_bucket(store, bytes.fromhex(settings.hash_key), now_ms())
         ensure_fit(store)

@@ -23,7 +23,7 @@ from sessiond.core.manifest import LIFECYCLE_ACTIVE, LIFECYCLE_ARCHIVED, LIFECYC
 from sessiond.errors import Corrupt, NotFound, SessiondError
 from sessiond.tiers.cloud.bucket import Bucket, open_bucket, refusal
 from sessiond.tiers.cloud.fit import PASSED_KEY
-from sessiond.tiers.cloud.open import open_store
+from sessiond.tiers.cloud.open import open_configured
 from sessiond.tiers.cloud.store import Listed, ObjectNotFound, ObjectStore, StoreError
 from sessiond.tiers.compact import replaced, row_key
 from sessiond.tiers.hot import log
@@ -86,14 +86,7 @@ def verify(
     """
     report = report or Report()
     with contextlib.ExitStack() as opened:
-        store = open_store(
-            settings.cloud_url,
-            endpoint=settings.s3_endpoint,
-            region=settings.s3_region,
-            path_style=settings.s3_path_style,
-            connect_timeout_ms=settings.store_connect_timeout_ms,
-            read_timeout_ms=settings.store_read_timeout_ms,
-        )
+        store = open_configured(settings)
         opened.callback(store.close)
         hot: Reader | None = None
         if (settings.hot_dir / "data.mdb").exists():

@@ -428,17 +428,10 @@ def _hot_rows(transaction: Any, h: bytes, head: Any, bodies: bool) -> dict[str, 
 def _cloud_session(loaded: Settings, session: str, bodies: bool) -> dict[str, Any] | None:
     from sessiond.core import rules
     from sessiond.tiers.cloud.bucket import manifest_key, open_bucket, refusal
-    from sessiond.tiers.cloud.open import open_store
+    from sessiond.tiers.cloud.open import open_configured
     from sessiond.tiers.cloud.store import ObjectNotFound, StoreError
 
-    store = open_store(
-        loaded.cloud_url,
-        endpoint=loaded.s3_endpoint,
-        region=loaded.s3_region,
-        path_style=loaded.s3_path_style,
-        connect_timeout_ms=loaded.store_connect_timeout_ms,
-        read_timeout_ms=loaded.store_read_timeout_ms,
-    )
+    store = open_configured(loaded)
     try:
         bucket = open_bucket(store, bytes.fromhex(loaded.hash_key), 0, make=False)
         key = manifest_key(rules.session_hash(bucket.hash_key, "default", session))

@@ -14,13 +14,27 @@ from base64 import b64encode
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
+from hashlib import sha256
+from typing import Any
 
+import google_crc32c
 import pytest
 from botocore import exceptions as sdk
+from botocore.awsrequest import AWSPreparedRequest, AWSRequest
 from botocore.response import StreamingBody
 from botocore.stub import Stubber
 
 from sessiond import errors
+from sessiond.tiers.cloud.bucket import (
+    Bucket,
+    lease_key,
+    manifest_key,
+    object_kind,
+    orphan_key,
+    refusal,
+    segment_index_key,
+    segment_key,
+)
 from sessiond.tiers.cloud.counting import CountingStore
 from sessiond.tiers.cloud.s3 import S3Store
 from sessiond.tiers.cloud.store import (
@@ -30,6 +44,7 @@ from sessiond.tiers.cloud.store import (
     ObjectNotFound,
     PreconditionLost,
     Stored,
+    StoreDamaged,
     StoreDenied,
     StoreError,
     StoreUnavailable,
@@ -45,6 +60,9 @@ CREATE: Call = lambda store: store.put("m/1", b"body", if_absent=True)  # noqa: 
 REPLACE: Call = lambda store: store.put("m/1", b"body", if_match='"old"')  # noqa: E731
 DELETE: Call = lambda store: store.delete("m/1")  # noqa: E731
 LIST: Call = lambda store: list(store.list("m/"))  # noqa: E731
+
+# Of b"body", by google_crc32c, which the compiled core has nothing of.
+CRC32C = b64encode(google_crc32c.value(b"body").to_bytes(4, "big")).decode()
 
 OPERATIONS = {
     GET: "get_object",
@@ -207,9 +225,15 @@ def test_an_error_of_the_sdk_means_what_the_contract_says(
 
 def test_each_call_asks_for_exactly_what_it_means(store: S3Store, stub: Stubber):
     where = {"Bucket": "bucket", "Key": "pre/fix/m/1"}
-    stub.add_response("put_object", {"ETag": '"1"'}, {**where, "Body": b"body"})
-    stub.add_response("put_object", {"ETag": '"2"'}, {**where, "Body": b"body", "IfNoneMatch": "*"})
-    stub.add_response("put_object", {"ETag": '"3"'}, {**where, "Body": b"body", "IfMatch": '"old"'})
+    said = {
+        "Body": b"body",
+        "ChecksumCRC32C": CRC32C,
+        "ContentType": "application/octet-stream",
+        "Metadata": {"sessiond-kind": "manifest"},
+    }
+    stub.add_response("put_object", {"ETag": '"1"'}, {**where, **said})
+    stub.add_response("put_object", {"ETag": '"2"'}, {**where, **said, "IfNoneMatch": "*"})
+    stub.add_response("put_object", {"ETag": '"3"'}, {**where, **said, "IfMatch": '"old"'})
     assert [PUT(store), CREATE(store), REPLACE(store)] == ['"1"', '"2"', '"3"']
     stub.add_response("delete_object", {}, where)
     DELETE(store)
@@ -307,8 +331,8 @@ class Server:
         connection.sendall(self.reply)
 
 
-def s3_store(server: Server, read_timeout_ms: int = 10_000) -> S3Store:
-    return S3Store("bucket", endpoint=server.endpoint, path_style=True, read_timeout_ms=read_timeout_ms)
+def s3_store(server: Server, **options: Any) -> S3Store:
+    return S3Store("bucket", endpoint=server.endpoint, path_style=True, **options)
 
 
 # Each says that it is the connection's last: else the next request may be sent down one that is just being closed.
@@ -371,21 +395,114 @@ def test_an_absence_whose_reply_is_cut_off_is_not_absence():
             store.get("m/1")
 
 
-def test_a_body_that_does_not_match_its_checksum_is_not_returned():
-    head = b'Content-Length: 4\r\nETag: "e"\r\nx-amz-checksum-crc32: %s\r\n\r\n'
-    reply = OK + head % b64encode(zlib.crc32(b"good").to_bytes(4, "big"))
-    with Server(reply + b"evil") as server, closing(s3_store(server)) as store:
+CHECKSUMS = {
+    "crc32c": lambda body: google_crc32c.value(body).to_bytes(4, "big"),
+    "sha256": lambda body: sha256(body).digest(),
+    "crc32": lambda body: zlib.crc32(body).to_bytes(4, "big"),
+}
+
+
+def get_reply(body: bytes, checksum: str, etag: bytes = b'"e"') -> bytes:
+    head = b"Content-Length: %d\r\nETag: %s\r\n%s\r\n\r\n" % (len(body), etag, checksum.encode())
+    return OK + head + body
+
+
+@pytest.mark.parametrize("name", CHECKSUMS)
+def test_a_body_that_does_not_match_its_checksum_is_never_returned(name: str):
+    told = f"x-amz-checksum-{name}: {b64encode(CHECKSUMS[name](b'good')).decode()}"
+    with Server(get_reply(b"evil", told)) as server, closing(s3_store(server)) as store:
         with pytest.raises(StoreUnavailable, match="checksum"):
             store.get("m/1")
-        server.reply = reply + b"good"
+        server.reply = get_reply(b"good", told)
         assert store.get("m/1").body == b"good"
+        # Other wrong bytes each time: they become wrong on their way.
+        for wrong in (b"evil", b"vile", b"evil"):
+            server.reply = get_reply(wrong, told)
+            with pytest.raises(StoreUnavailable):
+                store.get("m/1")
+        # The same wrong bytes again: they lie there like this, and reading once more is no remedy.
+        with pytest.raises(StoreDamaged):
+            store.get("m/1")
+        server.reply = get_reply(b"evil", told, etag=b'"f"')
+        with pytest.raises(StoreUnavailable):
+            store.get("m/1")
 
 
-def test_a_put_carries_the_checksum_of_its_body():
-    with Server(PUT_REPLY) as server, closing(s3_store(server)) as store:
+def test_what_says_nothing_of_the_whole_body_is_not_compared_with_it():
+    with Server(b"") as server, closing(s3_store(server)) as store:
+        for told in ("x-amz-checksum-crc32c: AAAAAA==-2", "x-amz-checksum-crc64nvme: AAAAAAAAAAA=", "x-other: 1"):
+            server.reply = get_reply(b"good", told)
+            assert store.get("m/1").body == b"good"
+        part = get_reply(b"oo", "x-amz-checksum-crc32c: AAAAAA==").replace(b"200 OK", b"206 Partial Content")
+        server.reply = part
+        assert store.get("m/1", 1, 2).body == b"oo"
+
+
+def test_a_damaged_object_is_corrupt_to_whoever_asked_for_a_session():
+    for key, reason in [("m/1", "CORRUPT_MANIFEST"), ("s/1/2", "CORRUPT_SEGMENT"), ("o/1/2", "CORRUPT_SEGMENT")]:
+        refused = refusal(StoreDamaged(key, "it does not match"))
+        assert (type(refused), refused.reason) == (errors.Corrupt, reason)
+
+
+@pytest.mark.parametrize("name", ["crc32c", "sha256", "none"])
+def test_a_put_carries_the_checksum_that_is_set_and_no_other_and_a_get_asks_for_it(name: str):
+    with Server(PUT_REPLY) as server, closing(s3_store(server, checksum=name)) as store:
         store.put("m/1", b"body")
-    crc32 = b64encode(zlib.crc32(b"body").to_bytes(4, "big"))
-    assert b"x-amz-checksum-crc32: " + crc32 in server.requests[0]
+        server.reply = get_reply(b"body", "x-amz-checksum-crc32c: AAAAAA==")
+        if name == "none":
+            assert store.get("m/1").body == b"body"
+        else:
+            with pytest.raises(StoreUnavailable):
+                store.get("m/1")
+    put, got = server.requests
+    sent = [line for line in put.lower().split(b"\r\n") if line.startswith((b"x-amz-checksum", b"x-amz-trailer"))]
+    if name == "none":
+        assert sent == []
+        assert b"checksum" not in got.lower()
+    else:
+        assert sent == [b"x-amz-checksum-%s: %s" % (name.encode(), b64encode(CHECKSUMS[name](b"body")).lower())]
+        assert b"x-amz-checksum-mode: ENABLED\r\n" in got
+
+
+def test_tags_kind_and_encryption_go_with_each_put_as_they_are_set(store: S3Store):
+    options = {"tags": {"team": "chat & co", "env": "prod"}, "sse": "aws:kms", "kms_key": "arn:aws:kms:x"}
+    with Server(PUT_REPLY) as server, closing(s3_store(server, **options)) as store:
+        store.put("s/ab/1-2-3", b"body")
+        store.put("bucket.json", b"{}")
+    segment, bucket = (request.split(b"\r\n") for request in server.requests)
+    assert b"x-amz-tagging: team=chat+%26+co&env=prod&sessiond-kind=segment" in segment
+    assert b"x-amz-meta-sessiond-kind: segment" in segment
+    assert b"x-amz-server-side-encryption: aws:kms" in segment
+    assert b"x-amz-server-side-encryption-aws-kms-key-id: arn:aws:kms:x" in segment
+    assert b"Content-Type: application/octet-stream" in segment
+    assert b"x-amz-meta-sessiond-kind: bucket" in bucket
+    assert b"Content-Type: application/json" in bucket
+
+
+def test_without_tags_or_encryption_none_are_sent():
+    with Server(PUT_REPLY) as server, closing(s3_store(server)) as store:
+        store.put("s/ab/1-2-3", b"body")
+    assert b"tagging" not in server.requests[0].lower()
+    assert b"encryption" not in server.requests[0].lower()
+
+
+@pytest.mark.parametrize(
+    ("key", "kind"),
+    [
+        ("bucket.json", "bucket"),
+        (manifest_key(bytes(16)), "manifest"),
+        (segment_key(bytes(16), 1, 1, bytes(32)), "segment"),
+        (segment_index_key(bytes(16), 1, bytes(32)), "index"),
+        (orphan_key(bytes(16), 1, 1, bytes(32)), "orphan"),
+        (Bucket(bytes(16), bytes(32)).user_index_key("t", "u", 1, bytes(16)), "user"),
+        (lease_key("node-1"), "lease"),
+        ("x/00/00005110/00", "expiry"),
+        ("probe/passed-1", "probe"),
+        ("lost+found", "other"),
+    ],
+)
+def test_every_key_says_what_kind_of_object_it_names(key: str, kind: str):
+    assert object_kind(key) == kind
 
 
 def test_silence_ends_at_the_read_timeout():
@@ -540,6 +657,46 @@ def test_the_clock_of_a_real_store_is_about_this_machines(real: Seaweed):
         # A wide margin: only that it is a date at all, and in milliseconds.
         assert told_ms is not None
         assert abs(told_ms - time.time_ns() // 1_000_000) < 600_000
+
+
+@pytest.mark.parametrize("name", ["crc32c", "sha256"])
+def test_a_real_store_refuses_a_body_that_changed_on_its_way_and_the_writer_may_send_it_again(real: Seaweed, name: str):
+    options = {"endpoint": real.endpoint, "path_style": True, "checksum": name}
+    with closing(S3Store(real.bucket, f"changed-{name}", **options)) as store:
+
+        def change(request: AWSPreparedRequest, **_: object) -> None:
+            # As on the way: whatever the SDK signs and sends besides is of the body that was handed over.
+            request.body = b"evil"
+
+        events = store._client.meta.events
+        # Without the hash of the body in the signature, as over TLS; else that alone would refuse it.
+        store._client.meta.events.register("before-sign.s3", _unsigned_body)
+        events.register("before-send.s3", change)
+        with pytest.raises(Ambiguous, match="BadDigest"):
+            store.put("m/1", b"good", if_absent=True)
+        events.unregister("before-send.s3", change)
+        with pytest.raises(ObjectNotFound):
+            store.get("m/1")
+        store.put("m/1", b"good", if_absent=True)
+        assert store.get("m/1").body == b"good"
+
+
+def _unsigned_body(request: AWSRequest, **_: object) -> None:
+    request.headers["X-Amz-Content-SHA256"] = "UNSIGNED-PAYLOAD"
+
+
+def test_a_real_store_keeps_kind_tags_and_checksum(real: Seaweed):
+    options = {"endpoint": real.endpoint, "path_style": True, "tags": {"team": "chat & co"}, "sse": "AES256"}
+    with closing(S3Store(real.bucket, "tagged", **options)) as store:
+        store.put("u/1/2/3", b"body")
+        assert store.get("u/1/2/3").body == b"body"
+        where = {"Bucket": real.bucket, "Key": "tagged/u/1/2/3"}
+        head = store._client.head_object(**where, ChecksumMode="ENABLED")
+        assert head["Metadata"] == {"sessiond-kind": "user"}
+        assert (head["ContentType"], head["ChecksumCRC32C"]) == ("application/octet-stream", CRC32C)
+        assert head["ServerSideEncryption"] == "AES256"
+        tags = store._client.get_object_tagging(**where)["TagSet"]
+        assert {tag["Key"]: tag["Value"] for tag in tags} == {"team": "chat & co", "sessiond-kind": "user"}
 
 
 @pytest.mark.parametrize("name", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"])

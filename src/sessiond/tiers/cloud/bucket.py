@@ -19,6 +19,7 @@ from sessiond.tiers.cloud.store import (
     ObjectNotFound,
     ObjectStore,
     PreconditionLost,
+    StoreDamaged,
     StoreDenied,
     StoreError,
 )
@@ -77,6 +78,28 @@ def orphan_key(h: bytes, epoch: int, first_seq: int, sha256: bytes) -> str:
     return f"o/{h.hex()}/{epoch:08x}-{first_seq:016x}-{sha256.hex()}"
 
 
+# What the first part of a key says of the object; see DESIGN.md, "The cloud tier and ownership".
+KINDS: Final = {
+    BUCKET_KEY: "bucket",
+    "m": "manifest",
+    "s": "segment",
+    "o": "orphan",
+    "u": "user",
+    "n": "lease",
+    "x": "expiry",
+    "k": "key",
+    "probe": "probe",
+}
+
+
+def object_kind(key: str) -> str:
+    """What kind of object has this key, as an operator's rules may name it; `other` if it is none of ours."""
+    first, _, rest = key.partition("/")
+    if first == "s" and rest.partition("/")[2].startswith("index-"):
+        return "index"
+    return KINDS.get(first, "other")
+
+
 def lease_key(node: str) -> str:
     """Key of a node's lease."""
     return f"n/{node}"
@@ -87,6 +110,9 @@ def refusal(error: StoreError) -> SessiondError:
     where = {"object": error.key, "detail": error.detail}
     if isinstance(error, StoreDenied):
         return Denied("STORE_DENIED", f"The cloud tier refuses access to {error.key}: {error.detail}.", where)
+    if isinstance(error, StoreDamaged):
+        reason = "CORRUPT_SEGMENT" if object_kind(error.key) in ("segment", "index", "orphan") else "CORRUPT_MANIFEST"
+        return Corrupt(reason, f"The object {error.key} is damaged: {error.detail}.", where)
     if isinstance(error, BucketMissing):
         return Unavailable("STORE_UNAVAILABLE", f"The bucket itself is missing: {error.detail}.", where)
     if isinstance(error, Ambiguous):

@@ -18,6 +18,7 @@ from sessiond.tiers.cloud.store import (
     ObjectStore,
     PreconditionLost,
     Stored,
+    StoreDamaged,
     StoreDenied,
     StoreError,
     StoreUnavailable,
@@ -29,6 +30,7 @@ OUTCOMES: dict[type[StoreError], str] = {
     PreconditionLost: "lost",
     Ambiguous: "ambiguous",
     StoreUnavailable: "unavailable",
+    StoreDamaged: "damaged",
     StoreDenied: "denied",
     BucketMissing: "bucket_missing",
 }

@@ -6,10 +6,12 @@ It never connects and never probes; a bad setting is an Invalid that says how to
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import SplitResult, unquote, urlsplit
 
 from sessiond import errors
+from sessiond.config import Settings
 from sessiond.tiers.cloud.folder import FolderStore
 from sessiond.tiers.cloud.keys import PREFIX_BYTES_MAX, check_bucket_prefix
 from sessiond.tiers.cloud.s3 import CONNECT_TIMEOUT_MS, READ_TIMEOUT_MS, S3Store
@@ -20,12 +22,32 @@ _FORMS = "Write file:///an/absolute/folder or s3://bucket/prefix."
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,62}")
 
 
+def open_configured(settings: Settings) -> ObjectStore:
+    """The store that the settings name. Raises as open_store does."""
+    return open_store(
+        settings.cloud_url,
+        endpoint=settings.s3_endpoint,
+        region=settings.s3_region,
+        path_style=settings.s3_path_style,
+        checksum=settings.s3_checksum,
+        tags=settings.object_tags,
+        sse=settings.s3_sse,
+        kms_key=settings.s3_kms_key,
+        connect_timeout_ms=settings.store_connect_timeout_ms,
+        read_timeout_ms=settings.store_read_timeout_ms,
+    )
+
+
 def open_store(
     url: str,
     *,
     endpoint: str = "",
     region: str = "",
     path_style: bool | None = None,
+    checksum: str = "crc32c",
+    tags: Mapping[str, str] | None = None,
+    sse: str = "",
+    kms_key: str = "",
     connect_timeout_ms: int = CONNECT_TIMEOUT_MS,
     read_timeout_ms: int = READ_TIMEOUT_MS,
 ) -> ObjectStore:
@@ -61,6 +83,10 @@ def open_store(
             endpoint=endpoint,
             region=region,
             path_style=True if path_style is None and endpoint else path_style,
+            checksum=checksum,
+            tags=tags,
+            sse=sse,
+            kms_key=kms_key,
             connect_timeout_ms=connect_timeout_ms,
             read_timeout_ms=read_timeout_ms,
         )

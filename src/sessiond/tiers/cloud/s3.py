@@ -12,12 +12,17 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
+import zlib
+from base64 import b64encode
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, suppress
 from email.utils import parsedate_to_datetime
-from typing import TYPE_CHECKING, Any
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import urlencode
 
-from sessiond import errors
+from sessiond import core, errors
+from sessiond.tiers.cloud.bucket import object_kind
 from sessiond.tiers.cloud.keys import check_bucket_prefix, check_key, check_prefix, check_range
 from sessiond.tiers.cloud.store import (
     Ambiguous,
@@ -27,6 +32,7 @@ from sessiond.tiers.cloud.store import (
     ObjectStore,
     PreconditionLost,
     Stored,
+    StoreDamaged,
     StoreDenied,
     StoreError,
     StoreUnavailable,
@@ -43,6 +49,20 @@ CONNECTIONS_MAX = 32
 PAGE_ROWS_MAX = 1_000
 # A throttled prefix needs longer than a lost packet: AWS scales one over minutes and asks for a lower rate meanwhile.
 SLOW_DOWN_RETRY_MS = 5_000
+
+# The tag with an object's kind, where tags are sent; also the name of its metadata.
+KIND_NAME: Final = "sessiond-kind"
+# Objects whose damage was seen once; forgetting one costs one more read of it.
+SUSPECTS_MAX = 1_024
+
+_CHECKSUMS: dict[str, Callable[[bytes], bytes]] = {
+    "ChecksumCRC32C": lambda body: core.crc32c(body).to_bytes(4, "big"),
+    "ChecksumSHA256": lambda body: sha256(body).digest(),
+    # What an SDK of ours sent before, and others send when they restore an object.
+    "ChecksumCRC32": lambda body: zlib.crc32(body).to_bytes(4, "big"),
+}
+# By the setting s3_checksum.
+_SENT: dict[str, str] = {"crc32c": "ChecksumCRC32C", "sha256": "ChecksumSHA256"}
 
 # 4xx replies after which the same bytes may be sent again: the body did not arrive whole, or too much came at once.
 _RESEND_STATUS = (408, 409, 429)
@@ -69,6 +89,11 @@ class S3Store(ObjectStore):
     read_timeout_ms bounds each wait for bytes, not the whole call. A range that begins behind the object's end has
     neither bytes nor an etag.
 
+    checksum: crc32c, sha256, or none for a store that takes neither: of the bytes as they are handed over, sent with
+    each put, so that the store refuses a body that changed on its way; asked for with each get, and compared here.
+    tags: object tags of each put, the kind of the object added; none are sent if there are none. sse: '' for the
+    bucket's own default, AES256 or aws:kms, the latter with kms_key or the account's own.
+
     A listing comes in the store's order. SeaweedFS walks folder by folder, so that there, unlike on S3, 'a/b' comes
     before 'a-b'; page by page each key still comes once, if start_after is a key that was listed.
 
@@ -83,6 +108,10 @@ class S3Store(ObjectStore):
         endpoint: str = "",
         region: str = "",
         path_style: bool | None = None,
+        checksum: str = "crc32c",
+        tags: Mapping[str, str] | None = None,
+        sse: str = "",
+        kms_key: str = "",
         connect_timeout_ms: int = CONNECT_TIMEOUT_MS,
         read_timeout_ms: int = READ_TIMEOUT_MS,
         connections_max: int = CONNECTIONS_MAX,
@@ -102,10 +131,12 @@ class S3Store(ObjectStore):
             read_timeout=read_timeout_ms / 1000,
             retries={"total_max_attempts": 1},
             max_pool_connections=connections_max,
+            # Checksums are ours: the SDK's own are taken behind a copy of the body, go into a trailer that some stores
+            # do not know, and need another package for CRC32C.
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
             s3={"addressing_style": "auto" if path_style is None else "path" if path_style else "virtual"},
         )
-        # Request checksums stay at the SDK's default (CRC32), so that an operator can still turn them off for an old
-        # store with AWS_REQUEST_CHECKSUM_CALCULATION=when_required.
         try:
             self._client: Any = boto3.session.Session().client(
                 "s3", endpoint_url=endpoint or None, region_name=region or None, config=settings
@@ -119,9 +150,18 @@ class S3Store(ObjectStore):
                 {"cloud": self.url, "s3_endpoint": endpoint},
                 [("s3_endpoint" if endpoint else "cloud", str(error))],
             ) from error
+        self._sent = _SENT.get(checksum)
+        self._tags = dict(tags or {})
+        self._encryption = {
+            name: value for name, value in (("ServerSideEncryption", sse), ("SSEKMSKeyId", kms_key)) if value
+        }
+        # By key: the etag and the checksum of a body that did not match once.
+        self._suspects: dict[str, tuple[str, str]] = {}
         # The store's clock as a reply told it, and the boot clock when that came.
         self._told: tuple[int, int] | None = None
         self._client.meta.events.register("response-received.s3", self._note_date)
+        if self._sent:
+            self._client.meta.events.register("before-call.s3.GetObject", _ask_for_checksum)
 
     def get(self, key: str, first_byte: int | None = None, last_byte: int | None = None) -> Stored:
         """One GetObject, with Range for a range."""
@@ -130,7 +170,7 @@ class S3Store(ObjectStore):
         asked = {"Range": f"bytes={first_byte}-{last_byte}"} if span else {}
         try:
             reply = self._client.get_object(Bucket=self._bucket, Key=self._prefix + key, **asked)
-            # The SDK compares the length, and where the store sends one the checksum, of what it reads.
+            # The SDK compares the length of what it reads.
             with closing(reply["Body"]) as stream:
                 body: bytes = stream.read()
         except Exception as error:
@@ -140,22 +180,52 @@ class S3Store(ObjectStore):
         etag = reply.get("ETag", "")
         if "ContentLength" not in reply or not _whole(etag):
             raise StoreUnavailable(key, "the reply ended among its headers")
-        if span and reply["ResponseMetadata"]["HTTPStatusCode"] == 200:
-            body = body[span]  # a store may ignore Range and send all of it
-        return Stored(body, etag)
+        # A store may ignore Range and send all of it. The checksum is the whole object's, so a range has none.
+        whole = not span or reply["ResponseMetadata"]["HTTPStatusCode"] == 200
+        if whole and self._sent:
+            self._verify(key, body, etag, reply)
+        return Stored(body[span] if span and whole else body, etag)
+
+    def _verify(self, key: str, body: bytes, etag: str, reply: dict[str, Any]) -> None:
+        """Raise StoreUnavailable for a body that is not what its writer said; StoreDamaged if it comes again so."""
+        for name, checksum in _CHECKSUMS.items():
+            told = reply.get(name)
+            # One of parts (its number behind a dash) says nothing of the whole; ours are never written in parts.
+            if told is None or "-" in told:
+                continue
+            found = b64encode(checksum(body)).decode()
+            if found == told:
+                continue
+            detail = f"its checksum ({name.removeprefix('Checksum')}) is {told}, that of what was read {found}"
+            if self._suspects.get(key) == (etag, found):
+                # The same wrong bytes twice: they do not become wrong on the way, they lie there like this.
+                raise StoreDamaged(key, detail)
+            if len(self._suspects) >= SUSPECTS_MAX:
+                self._suspects.clear()
+            self._suspects[key] = etag, found
+            raise StoreUnavailable(key, detail)
+        if self._suspects:
+            self._suspects.pop(key, None)
 
     def put(self, key: str, body: bytes, *, if_absent: bool = False, if_match: str | None = None) -> str:
-        """One PutObject, with the CRC32 that the SDK adds, and If-None-Match or If-Match."""
+        """One PutObject, with the checksum, kind, tags and encryption that are set, and If-None-Match or If-Match."""
         check_key(key)
         if if_absent and if_match is not None:
             raise ValueError("a put has at most one condition")
-        condition: dict[str, str] = {}
+        said: dict[str, Any] = dict(self._encryption)
         if if_absent:
-            condition["IfNoneMatch"] = "*"
+            said["IfNoneMatch"] = "*"
         elif if_match is not None:
-            condition["IfMatch"] = if_match
+            said["IfMatch"] = if_match
+        if self._sent:
+            said[self._sent] = b64encode(_CHECKSUMS[self._sent](body)).decode()
+        kind = object_kind(key)
+        said["Metadata"] = {KIND_NAME: kind}
+        said["ContentType"] = "application/json" if key.endswith(".json") else "application/octet-stream"
+        if self._tags:
+            said["Tagging"] = urlencode({**self._tags, KIND_NAME: kind})
         try:
-            reply = self._client.put_object(Bucket=self._bucket, Key=self._prefix + key, Body=body, **condition)
+            reply = self._client.put_object(Bucket=self._bucket, Key=self._prefix + key, Body=body, **said)
         except Exception as error:
             raise _explain("put", key, error, if_match=if_match is not None) from error
         etag: str = reply.get("ETag", "")
@@ -234,6 +304,11 @@ class S3Store(ObjectStore):
     def close(self) -> None:
         """Close the pool of connections."""
         self._client.close()
+
+
+def _ask_for_checksum(params: dict[str, Any], **_: Any) -> None:
+    # As a header and not as ChecksumMode, with which the SDK would compare some of them itself, and first.
+    params["headers"]["x-amz-checksum-mode"] = "ENABLED"
 
 
 def _boot_ms() -> int:

@@ -45,6 +45,10 @@ class BucketMissing(StoreError):
     """The bucket or the root folder itself is not there. Definite, and never the same as ObjectNotFound."""
 
 
+class StoreDamaged(StoreError):
+    """The object does not match the checksum that the store keeps with it, and reading it again changes nothing."""
+
+
 @dataclass(frozen=True, slots=True)
 class Stored:
     """An object as it was read: its bytes and the etag that a conditional write compares."""
@@ -69,7 +73,7 @@ class ObjectStore(Protocol):
     def get(self, key: str, first_byte: int | None = None, last_byte: int | None = None) -> Stored:
         """The object, or bytes first_byte..last_byte of it (both included, both or neither given).
 
-        Raises ObjectNotFound, StoreUnavailable, StoreDenied, BucketMissing.
+        Raises ObjectNotFound, StoreUnavailable, StoreDamaged, StoreDenied, BucketMissing.
         """
 
     def put(self, key: str, body: bytes, *, if_absent: bool = False, if_match: str | None = None) -> str:
