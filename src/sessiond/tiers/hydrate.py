@@ -347,11 +347,15 @@ class Claims:
                 etag = put_settled(self._store, h, manifest, None, self._wait)
             except Conflict:
                 found = load(self._store, h)
-                mine = found is not None and found.manifest.mutation == 1 and self._owns(found.manifest)
-                if found is None or not mine:
+                if found is None:
+                    # Taken, and not there: the store contradicts itself, and that is not "somebody has this name".
+                    what = f"The cloud tier refused to make {manifest_key(h)} as if it were there, and has none."
+                    raise Unavailable("STORE_UNAVAILABLE", what, {"object": manifest_key(h)}) from None
+                mine = found.manifest.mutation == 1 and self._owns(found.manifest)
+                if not mine:
                     self._forget(h)
                     index.result()
-                    self._drop_stray_index(manifest, found.manifest if found else None)
+                    self._drop_stray_index(manifest, found.manifest)
                     return False
                 # Our own earlier attempt, whose answer was lost; what it wrote is what counts, and may lack its index.
                 manifest, etag = found.manifest, found.etag
@@ -370,10 +374,10 @@ class Claims:
     def _owns(self, manifest: Manifest) -> bool:
         return manifest.owner is not None and manifest.owner[0] == self._node.incarnation
 
-    def _drop_stray_index(self, manifest: Manifest, found: Manifest | None) -> None:
+    def _drop_stray_index(self, manifest: Manifest, found: Manifest) -> None:
         """Take back the row of a creation that came second; a listing would pass over it, and pay for it, for ever."""
         ours = self._index_key(manifest)
-        if found is not None and ours != self._index_key(found):
+        if ours != self._index_key(found):
             with suppress(StoreError):
                 self._store.delete(ours)
 

@@ -131,6 +131,9 @@ def stub(store: S3Store) -> Iterator[Stubber]:
 REPLIES: list[tuple[Call, int, str, type[StoreError]]] = [
     *[(call, 412, "PreconditionFailed", PreconditionLost) for call in (CREATE, REPLACE)],
     *[(call, 409, "ConditionalRequestConflict", Ambiguous) for call in (CREATE, REPLACE)],
+    # Nothing was asked for that could have been lost.
+    (PUT, 412, "PreconditionFailed", Ambiguous),
+    *[(call, 412, "PreconditionFailed", StoreUnavailable) for call in OTHERS],
     *[(PUT, 409, code, Ambiguous) for code in ("OperationAborted", "409")],
     *[(call, status, "", Ambiguous) for call in WRITES for status in (500, 501, 502, 503, 504, 599)],
     *[(call, status, "", StoreUnavailable) for call in OTHERS for status in (409, 429, 500, 502, 503, 504)],

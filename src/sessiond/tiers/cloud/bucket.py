@@ -105,11 +105,22 @@ def lease_key(node: str) -> str:
     return f"n/{node}"
 
 
+# Credentials are renewed by people, or by a side-car in its own time.
+DENIED_RETRY_MS: Final = 5_000
+
+
 def refusal(error: StoreError) -> SessiondError:
     """What a store's error means to whoever asked for a session."""
     where = {"object": error.key, "detail": error.detail}
     if isinstance(error, StoreDenied):
-        return Denied("STORE_DENIED", f"The cloud tier refuses access to {error.key}: {error.detail}.", where)
+        # It is the node that is refused and not the caller, who may try again once an operator has mended it.
+        return Unavailable(
+            "STORE_UNAVAILABLE",
+            f"The cloud tier refuses this node access to {error.key}: {error.detail}.",
+            where,
+            retry_after_ms=DENIED_RETRY_MS,
+            remedy="The operator of the node has to renew its credentials or mend the bucket's policy; then try again.",
+        )
     if isinstance(error, StoreDamaged):
         reason = "CORRUPT_SEGMENT" if object_kind(error.key) in ("segment", "index", "orphan") else "CORRUPT_MANIFEST"
         return Corrupt(reason, f"The object {error.key} is damaged: {error.detail}.", where)
@@ -172,10 +183,10 @@ def open_bucket(store: ObjectStore, configured_key: bytes, now_ms: int, *, make:
             except (PreconditionLost, Ambiguous):
                 pass  # whoever won, the next read tells
             except StoreError as error:
-                raise _start_refusal(error) from error
+                raise start_refusal(error) from error
             continue
         except StoreError as error:
-            raise _start_refusal(error) from error
+            raise start_refusal(error) from error
         return _parse(stored, configured_key, store.url)
     raise Unavailable("STORE_UNAVAILABLE", f"{BUCKET_KEY} of {store.url} could neither be read nor made.")
 
@@ -185,10 +196,14 @@ def _any_session(store: ObjectStore) -> str:
     try:
         return next((row.key for prefix in ("m/", "s/") for row in store.list(prefix, limit=1)), "")
     except StoreError as error:
-        raise _start_refusal(error) from error
+        raise start_refusal(error) from error
 
 
-def _start_refusal(error: StoreError) -> SessiondError:
+def start_refusal(error: StoreError) -> SessiondError:
+    """What a store's error means to whoever starts on it, and could not go on."""
+    if isinstance(error, StoreDenied):
+        where = {"object": error.key, "detail": error.detail}
+        return Denied("STORE_DENIED", f"The cloud tier refuses access to {error.key}: {error.detail}.", where)
     if isinstance(error, BucketMissing):
         return NotFound("BUCKET_NOT_FOUND", f"There is no such bucket: {error.detail}.", {"detail": error.detail})
     return refusal(error)

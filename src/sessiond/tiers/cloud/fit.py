@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from sessiond.tiers.cloud.bucket import refusal
+from sessiond.tiers.cloud.bucket import start_refusal
 from sessiond.tiers.cloud.probe import probe
 from sessiond.tiers.cloud.store import ObjectNotFound, ObjectStore, StoreError
 
@@ -21,4 +21,4 @@ def ensure_fit(store: ObjectStore) -> None:
             probe(store)
             store.put(PASSED_KEY, b"1\n")
     except StoreError as error:
-        raise refusal(error) from error
+        raise start_refusal(error) from error

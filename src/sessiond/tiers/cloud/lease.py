@@ -16,7 +16,7 @@ from typing import Any
 
 from sessiond.core import envelope
 from sessiond.errors import Corrupt, Unavailable
-from sessiond.tiers.cloud.bucket import lease_key, refusal
+from sessiond.tiers.cloud.bucket import lease_key, refusal, start_refusal
 from sessiond.tiers.cloud.store import Ambiguous, ObjectNotFound, ObjectStore, PreconditionLost, StoreError
 
 # DESIGN.md, "Steal": the lease object must have stood still for this many lease times.
@@ -125,7 +125,7 @@ class Lease:
             except ObjectNotFound:
                 found = None
             except StoreError as error:
-                raise refusal(error) from error
+                raise start_refusal(error) from error
             try:
                 if found is None:
                     self._write(sent_ms, if_absent=True)
@@ -152,7 +152,7 @@ class Lease:
             except (PreconditionLost, Ambiguous):
                 self._wait(0.05)  # read again and see who it was
             except StoreError as error:
-                raise refusal(error) from error
+                raise start_refusal(error) from error
 
     def _holder(self, body: bytes) -> dict[str, Any]:
         try:

@@ -227,7 +227,7 @@ class S3Store(ObjectStore):
         try:
             reply = self._client.put_object(Bucket=self._bucket, Key=self._prefix + key, Body=body, **said)
         except Exception as error:
-            raise _explain("put", key, error, if_match=if_match is not None) from error
+            raise _explain("put", key, error, if_absent, if_match is not None) from error
         etag: str = reply.get("ETag", "")
         if not _whole(etag):
             # Half an etag taken for whole would make the next If-Match lose, which reads as being fenced.
@@ -331,12 +331,12 @@ def _code(error: Exception) -> str:
     return str(reply.get("Error", {}).get("Code", ""))
 
 
-def _explain(kind: str, key: str, error: Exception, if_match: bool = False) -> StoreError:
+def _explain(kind: str, key: str, error: Exception, if_absent: bool = False, if_match: bool = False) -> StoreError:
     """What an exception of the SDK means to a caller of `kind`: get, put, delete or list."""
     from botocore import exceptions as sdk
 
     if isinstance(error, sdk.ClientError):
-        return _explain_reply(kind, key, error, if_match)
+        return _explain_reply(kind, key, error, if_absent, if_match)
     detail = f"{type(error).__name__}: {error}"
     if isinstance(
         error,
@@ -356,7 +356,7 @@ def _explain(kind: str, key: str, error: Exception, if_match: bool = False) -> S
     return StoreUnavailable(key, detail)
 
 
-def _explain_reply(kind: str, key: str, error: ClientError, if_match: bool) -> StoreError:
+def _explain_reply(kind: str, key: str, error: ClientError, if_absent: bool, if_match: bool) -> StoreError:
     status = _status(error)
     code = str(error.response.get("Error", {}).get("Code", ""))
     detail = f"{status} {code}: {error.response.get('Error', {}).get('Message', '')}"
@@ -369,8 +369,9 @@ def _explain_reply(kind: str, key: str, error: ClientError, if_match: bool) -> S
         headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
         where = headers.get("x-amz-bucket-region", "another one")
         return StoreDenied(key, f"wrong region, the bucket is in {where}: {detail}")
-    if status == 412 and kind == "put":
-        return PreconditionLost(key, detail)
+    if status == 412:
+        # Where nothing was asked for, nothing can have been lost: somebody on the way has answered.
+        return PreconditionLost(key, detail) if if_absent or if_match else unclear(key, detail, retry_after_ms)
     if status == 404:
         # What has to be matched is not there, whatever the vendor calls it; the caller reads again anyway.
         if if_match:
