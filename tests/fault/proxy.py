@@ -123,6 +123,8 @@ class Proxy:
         self._counts: Counter[tuple[str, str]] = Counter()
         self._connections: set[socket.socket] = set()
         self._threads: set[threading.Thread] = set()
+        # Rises with every down(): a connection of before is dead, even if its thread has not seen it yet.
+        self._outages = 0
         # Set while requests are answered at all; cleared, they wait for it or for the client's end.
         self._answering = threading.Event()
         self._answering.set()
@@ -158,6 +160,7 @@ class Proxy:
             self._listening.clear()
             self._listener.shutdown(socket.SHUT_RDWR)
         with self._lock:
+            self._outages += 1
             for connection in self._connections:
                 _reset(connection)
 
@@ -193,18 +196,17 @@ class Proxy:
             with self._lock:
                 self._connections.add(connection)
                 # down() may have come in between, which this one must not survive.
-                if not self._listening.is_set() or self._closed.is_set():
-                    _reset(connection)
-            thread = threading.Thread(target=self._serve, args=(connection,), name="fault-connection", daemon=True)
+                outages = self._outages if self._listening.is_set() else -1
+            thread = threading.Thread(target=self._serve, args=(connection, outages), daemon=True)
             self._threads.add(thread)
             thread.start()
 
-    def _serve(self, connection: socket.socket) -> None:
+    def _serve(self, connection: socket.socket, outages: int) -> None:
         upstream = http.client.HTTPConnection(*self._upstream, timeout=UPSTREAM_TIMEOUT_S)
         try:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             with connection.makefile("rb") as stream:
-                while self._one(connection, stream, upstream):
+                while self._one(connection, stream, upstream, outages):
                     pass
         except (OSError, http.client.HTTPException, _Ended):
             pass
@@ -215,7 +217,9 @@ class Proxy:
             connection.close()
             self._threads.discard(threading.current_thread())
 
-    def _one(self, connection: socket.socket, stream: BinaryIO, upstream: http.client.HTTPConnection) -> bool:
+    def _one(
+        self, connection: socket.socket, stream: BinaryIO, upstream: http.client.HTTPConnection, outages: int
+    ) -> bool:
         """One request and its answer; whether the connection goes on."""
         line = stream.readline()
         if not line.endswith(b"\r\n"):
@@ -235,6 +239,9 @@ class Proxy:
         body = stream.read(length)
         if len(body) < length:
             return False
+        if self._outages != outages:
+            _reset(connection)
+            return False
         fault = self._decide(method, target)
         # A real server that is down for everybody answers nobody, whatever was planned for this one.
         self._hold(connection, self._answering, HOLD_S_MAX)
@@ -247,6 +254,9 @@ class Proxy:
                 return False
             return self._fail(connection, fault, _refusal(500 if fault.what not in STATUSES else int(fault.what)))
         reply = _pass_on(upstream, method, target, headers, body)
+        if self._outages != outages:
+            _reset(connection)
+            return False
         if fault.what:
             return self._fail(connection, fault, _refusal(int(fault.what)) if fault.what in STATUSES else reply)
         connection.sendall(reply)

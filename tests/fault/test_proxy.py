@@ -92,12 +92,13 @@ def test_down_refuses_a_black_hole_is_silent_and_up_answers_again(stores: tuple[
     etag = past.put("m/1", b"one")
     for _ in range(3):
         proxy.down()
-        with pytest.raises(StoreUnavailable, match="EndpointConnectionError|ConnectionClosed|reset"):
+        # A connection that was kept may take the request before it learns that it was reset.
+        with pytest.raises((StoreUnavailable, Ambiguous), match=r"EndpointConnectionError|ConnectionClosed|[Rr]eset"):
             through.put("m/1", b"two", if_match=etag)
         proxy.up()
         assert through.get("m/1").body == b"one"
         proxy.black_hole()
-        with pytest.raises(Ambiguous, match="[Tt]imeout"):
+        with pytest.raises(Ambiguous, match=r"[Tt]imeout"):
             through.put("m/1", b"two", if_match=etag)
         proxy.up()
         assert through.get("m/1").body == b"one"
