@@ -91,8 +91,9 @@ class Load:
                 self._note(error)
                 if self.stop.is_set():
                     return False
-                wire.channel.subscribe(lambda _: None, try_to_connect=True)
-                self.stop.wait(0.01)
+                if not is_answered(error):
+                    wire.channel.subscribe(lambda _: None, try_to_connect=True)
+                self.stop.wait(0.05)
         with self.changed:
             (placed,) = reply.turns
             assert placed.turn_id == turn.turn_id
@@ -107,13 +108,26 @@ class Load:
         return True
 
     def _note(self, error: grpc.RpcError) -> None:
-        answered = "grpc-status-details-bin" in dict(error.trailing_metadata() or ())
+        answered = is_answered(error)
         with self.changed:
             self.refused[error.code().name, Refusal(error).reason if answered else ""] += 1
+            self.changed.notify_all()
         if error.code() not in RETRYABLE:
             raise error
         if answered:
             assert Refusal(error).retry_ms > 0, f"{Refusal(error).reason} without a delay"
+
+    def wait_for_answers(self, calls: int) -> None:
+        """Until so many more calls were acknowledged or refused."""
+
+        def answers() -> int:
+            return self.acks + self.refused.total()
+
+        with self.changed:
+            aim = answers() + calls
+            reached = self.changed.wait_for(lambda: answers() >= aim or self.failures, timeout=PATIENCE_S)
+        assert not self.failures, self.failures
+        assert reached, f"no answers: {answers()} of {aim}"
 
     def wait_for(self, acks: int) -> None:
         """Until so many more turns are acknowledged."""
@@ -144,3 +158,8 @@ class Load:
             head = wire.sessions.GetSession(session_pb2.GetSessionRequest(session_id=session), timeout=30).session
             assert head.head.seq == last
             assert head.checkpoint.version >= self.versions[session]
+
+
+def is_answered(error: grpc.RpcError) -> bool:
+    """Whether it is the daemon that refused, and not the lack of one."""
+    return "grpc-status-details-bin" in dict(error.trailing_metadata() or ())

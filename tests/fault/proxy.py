@@ -11,6 +11,7 @@ import http.client
 import socket
 import struct
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -125,7 +126,7 @@ class Proxy:
         self._threads: set[threading.Thread] = set()
         # Rises with every down(): a connection of before is dead, even if its thread has not seen it yet.
         self._outages = 0
-        # Set while requests are answered at all; cleared, they wait for it or for the client's end.
+        # Cleared, whatever comes is lost.
         self._answering = threading.Event()
         self._answering.set()
         self._closed = threading.Event()
@@ -143,7 +144,7 @@ class Proxy:
     # What a test does with it -----------------------------------------------------------------------------------------
 
     def heal(self) -> None:
-        """From now on every request passes, also those that were kept waiting."""
+        """From now on every request passes."""
         self.rule = lambda _: PASS
         self.up()
 
@@ -165,7 +166,7 @@ class Proxy:
                 _reset(connection)
 
     def black_hole(self) -> None:
-        """Accept connections and never answer: requests are not passed on."""
+        """Accept connections, and lose every request that comes, for good: nothing is passed on or answered."""
         self._answering.clear()
 
     def decisions(self) -> dict[Asked, Fault]:
@@ -243,8 +244,10 @@ class Proxy:
             _reset(connection)
             return False
         fault = self._decide(method, target)
-        # A real server that is down for everybody answers nobody, whatever was planned for this one.
-        self._hold(connection, self._answering, HOLD_S_MAX)
+        # What is silent to everybody is silent to this one, whatever was planned for it.
+        if not self._answering.is_set():
+            self._hold(connection, self._closed, HOLD_S_MAX)
+            return False
         if fault.delay_ms:
             self._hold(connection, self._closed, fault.delay_ms / 1000)
         if fault.what and fault.when == BEFORE:
@@ -274,11 +277,9 @@ class Proxy:
 
     def _hold(self, connection: socket.socket, until: threading.Event, seconds: float) -> None:
         """Wait for the event, at most so long; raise _Ended if the client leaves meanwhile."""
-        waited = 0.0
-        while not until.wait(0.02):
-            waited += 0.02
-            if waited >= seconds:
-                return
+        ends = time.monotonic() + seconds
+        while not until.is_set() and time.monotonic() < ends:
+            until.wait(0.02)
             connection.setblocking(False)
             try:
                 if connection.recv(1, socket.MSG_PEEK) == b"":
