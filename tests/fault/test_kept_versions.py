@@ -89,3 +89,28 @@ def test_a_damaged_segment_is_put_back_from_its_older_version_while_the_daemon_s
                 assert wire.resume("a").receipt.rung == HOT
             assert world.daemon.terminate() == 0
         world.check_clean()
+
+
+@pytest.mark.parametrize("back", [1, 2])
+def test_a_damaged_manifest_is_put_back_from_an_older_version_while_the_daemon_serves(
+    seaweed: Seaweed, back: int
+) -> None:
+    bucket = make_bucket(seaweed, "versioned", **BUCKETS["versioned"])
+    with faulty(seaweed, bucket=bucket, flush_interval_ms=3_600_000) as world, closing(world.wire()) as wire:
+        wire.create("a")
+        for number in range(1, 4):
+            wire.append("a", user(f"t{number}", f"number {number}"), durability=CLOUD_ACK)
+        prefix = world.daemon.cloud.removeprefix(f"s3://{bucket}/")
+        where = {"Bucket": bucket, "Key": f"{prefix}/m/{hash_of('a').hex()}"}
+        with closing(s3_client(seaweed)) as client:
+            client.put_object(**where, Body=b"damaged")
+            told = refusal(wire.append, "a", user("t4", "number 4"), durability=CLOUD_ACK)
+            assert (told.code.name, told.reason) == ("UNAVAILABLE", "CLOUD_NOT_COMMITTED")
+            assert wire.resume("a").receipt.rung == HOT
+            versions = client.list_object_versions(Bucket=bucket, Prefix=where["Key"])["Versions"]
+            client.copy_object(**where, CopySource={**where, "VersionId": versions[back]["VersionId"]})
+        done = wire.append("a", user("t4", "number 4"), durability=CLOUD_ACK)
+        assert (done.turns[0].duplicate, done.cloud_seq) == (True, 4)
+        wire.close()
+        assert world.daemon.terminate() == 0
+        world.check_clean()
