@@ -12,7 +12,7 @@ import pytest
 from sessiond.v1 import admin_pb2, context_pb2, session_pb2
 from tests.fault.load import Load
 from tests.fault.proxy import Fault, Proxy
-from tests.fault.world import CLOUD_ACK, EDGE_ACK, World, answer, faulty, until
+from tests.fault.world import CLOUD_ACK, EDGE_ACK, World, answer, completed, faulty, until
 from tests.seaweed import Seaweed
 from tests.wire import CLOUD, HOT, Refusal, Wire, assistant, refusal, user
 
@@ -93,7 +93,7 @@ def test_through_an_outage_owned_sessions_go_on_and_others_are_told_to_wait(seaw
 
         world.proxy.heal()
         until(lambda: world.status(wire).cloud.lease_valid, "the lease is renewed")
-        done = wire.append("owned", user("t7", "for good"), durability=CLOUD_ACK)
+        done = completed(lambda: wire.append("owned", user("t7", "for good"), durability=CLOUD_ACK))
         assert (done.durability, done.turns[0].position.seq, done.cloud_seq) == (CLOUD_ACK, 7, 7)
         assert (done.turns[0].duplicate, done.ownership) == (True, CONFIRMED)
         assert wire.resume("cold").receipt.rung in (CLOUD, HOT)
@@ -140,7 +140,8 @@ def test_a_deadline_is_kept_while_the_store_is_silent_and_nobody_else_waits(seaw
         world.proxy.heal()
         world.daemon.kill()
         world.daemon.restart()
-        assert wire.append("owned", user("t4", "for good"), durability=CLOUD_ACK).turns[0].duplicate
+        again = completed(lambda: wire.append("owned", user("t4", "for good"), durability=CLOUD_ACK))
+        assert again.turns[0].duplicate
         wire.close()
         assert world.daemon.terminate() == 0
         world.check_clean()

@@ -8,6 +8,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import grpc
 import pytest
@@ -30,6 +31,7 @@ HASH_KEY = "5e551017" * 8
 READ_TIMEOUT_MS = 400
 CLOUD_ACK, EDGE_ACK = turn_pb2.DURABILITY_CLOUD, turn_pb2.DURABILITY_EDGE
 PATIENCE_S = 60.0
+Result = TypeVar("Result")
 
 
 def hash_of(session: str) -> bytes:
@@ -140,6 +142,22 @@ def either(*rules_: Rule) -> Rule:
         return next((fault for fault in (each(asked) for each in rules_) if fault != PASS), PASS)
 
     return rule
+
+
+def completed(call: Callable[[], Result]) -> Result:
+    """What a call returns in the end, sent again as its refusals ask: the first after an outage may come too early."""
+    found: list[Result] = []
+
+    def again() -> bool:
+        try:
+            found.append(call())
+        except grpc.RpcError as error:
+            if not Refusal(error).retry_ms:
+                raise
+        return bool(found)
+
+    until(again, "the call is answered")
+    return found[0]
 
 
 def answer(call: Callable[[], object]) -> object:

@@ -34,7 +34,7 @@ from sessiond.core.manifest import (
     Manifest,
 )
 from sessiond.errors import Conflict, Corrupt, SessiondError, Unavailable, reason_of
-from sessiond.tiers.cloud.bucket import Bucket, refusal, segment_index_key
+from sessiond.tiers.cloud.bucket import Bucket, manifest_key, refusal, segment_index_key
 from sessiond.tiers.cloud.lease import boot_clock_ms
 from sessiond.tiers.cloud.store import Ambiguous, ObjectStore, StoreError
 from sessiond.tiers.compact import (
@@ -59,7 +59,7 @@ from sessiond.tiers.hot.rows import (
     encode_committed,
     user_key,
 )
-from sessiond.tiers.hydrate import ATTEMPTS_MAX, Node, Segments, load, put_settled, revalidate
+from sessiond.tiers.hydrate import ATTEMPTS_MAX, Cold, Node, Segments, load, put_settled, revalidate
 from sessiond.tiers.pace import Pace
 from sessiond.tiers.retire import leaves_row, needs_row, put_expiry_row, remove_objects, tombstone
 
@@ -635,6 +635,8 @@ class Flusher:
                     f" this node's log does not lead there.",
                     {"session_id": head.session},
                 )
+            if theirs.mutation <= head.mutation:
+                return self._flush_over(h, found, head, release)
             # A crash came between the store's answer and our row: take the answer now, then flush the rest.
             self._settle(h, theirs, found.etag, cut.head.changes_flushed, theirs.owner is None)
             return self._flush(h, release, True)
@@ -646,6 +648,30 @@ class Flusher:
                 {"session_id": head.session, "epoch": str(theirs.epoch)},
             )
         raise lost
+
+    def _flush_over(self, h: bytes, found: Cold, head: Head, release: bool) -> Flushed:
+        """Our own manifest stands there, no newer than our rows say, and yet the condition did not hold."""
+        name = manifest_key(h)
+        if found.etag == head.etag:
+            what = f"The cloud tier refused a write of {name} whose condition holds."
+            raise Unavailable("STORE_UNAVAILABLE", what, {"object": name})
+        if found.manifest.mutation < head.mutation:
+            raise Corrupt(
+                "HISTORY_DIVERGED",
+                f"The manifest of session {head.session!r} is older than the one that this node committed.",
+                {"session_id": head.session, "object": name},
+                remedy=f"Put back the newest sound version of {name}; the turns are safe on the node's disk.",
+            )
+
+        def operation(transaction: Transaction) -> None:
+            known = log.read_head(transaction, h)
+            if known is not None and known.epoch == head.epoch and known.mutation == head.mutation:
+                known.etag = found.etag
+                log.write_head(transaction, h, known, self._clock_ms())
+
+        # Somebody put the same bytes back, and the store gave them another etag.
+        self._hot.run_blocking(operation)
+        return self._flush(h, release, True)
 
     def _is_ours(self, h: bytes, theirs: Manifest, head: Head) -> bool:
         """Whether our log contains the manifest's as a prefix."""
