@@ -161,7 +161,7 @@ def test_a_store_that_flaps_loses_and_doubles_nothing(seaweed: Seaweed) -> None:
                 load.wait_for(60)
             load.end()
             assert {reason for _, reason in load.refused} <= {"CLOUD_NOT_COMMITTED"}, dict(load.refused)
-            until(lambda: not world.status(wire).hot.dirty_sessions, "nothing is unflushed")
+            until(lambda: world.flushed(wire), "nothing is unflushed")
             load.check(wire)
         wire.close()
         assert world.daemon.terminate() == 0

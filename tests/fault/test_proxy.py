@@ -30,7 +30,7 @@ from tests.fault.proxy import (
 from tests.fault.world import environment
 from tests.seaweed import Seaweed
 
-READ_TIMEOUT_MS = 200
+READ_TIMEOUT_MS = 1000
 WHATS = (*STATUSES, SILENCE, RESET, SWALLOW, CUT)
 
 

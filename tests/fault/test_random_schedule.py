@@ -66,7 +66,7 @@ def run(seaweed: Seaweed, seed: int) -> None:
             world.proxy.heal()
             load.wait_for(50)
             load.end()
-            until(lambda: not world.status(wire).hot.dirty_sessions, "nothing is unflushed")
+            until(lambda: world.flushed(wire), "nothing is unflushed")
             load.check(wire)
         for session, acked in load.acked.items():
             assert world.manifest(session).head >= max(seq for _, seq in acked.values())

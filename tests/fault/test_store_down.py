@@ -41,7 +41,7 @@ def drained(world: World, wire: Wire, outage_s: float) -> bool:
 def finish(world: World, load: Load, wire: Wire) -> None:
     """The load's end: all of it in the cloud tier, all of it there, once."""
     load.end()
-    until(lambda: not world.status(wire).hot.dirty_sessions, "nothing is unflushed", DRAIN_S_MAX)
+    until(lambda: world.flushed(wire), "nothing is unflushed", DRAIN_S_MAX)
     load.check(wire)
     for session, acked in load.acked.items():
         assert world.manifest(session).head >= max(seq for _, seq in acked.values())

@@ -71,6 +71,15 @@ class World:
         """The daemon's status."""
         return wire.admin.GetStatus(admin_pb2.GetStatusRequest(), timeout=30)
 
+    def flushed(self, wire: Wire) -> bool:
+        """Whether the cloud tier has everything, asked of the daemon as `sessiond flush` does: what waits for an
+        answer would else wait for it."""
+        return not (wire.admin.Flush(admin_pb2.FlushRequest(), timeout=60).failed_sessions or self.dirty(wire))
+
+    def dirty(self, wire: Wire) -> int:
+        """Sessions of which the cloud tier lacks something."""
+        return self.status(wire).hot.dirty_sessions
+
     def check_clean(self) -> None:
         """Every invariant holds in both tiers. The daemon has ended."""
         options = {"data_dir": str(self.daemon.data_dir), "cloud": self.daemon.cloud, "hash_key": HASH_KEY}
