@@ -39,7 +39,7 @@ from sessiond.errors import (
 )
 from sessiond.tiers.cloud.bucket import BUCKET_KEY, Bucket, lease_key, open_bucket, refusal
 from sessiond.tiers.cloud.lease import is_alive
-from sessiond.tiers.cloud.open import open_store
+from sessiond.tiers.cloud.open import open_configured
 from sessiond.tiers.cloud.probe import probe
 from sessiond.tiers.cloud.s3 import S3Store
 from sessiond.tiers.cloud.store import BucketMissing, ObjectNotFound, ObjectStore, StoreDenied, StoreError
@@ -352,14 +352,7 @@ def _missing_folder(url: str) -> Path | None:
 
 
 def _opened(settings: Settings, url: str) -> ObjectStore:
-    return open_store(
-        url,
-        endpoint=settings.s3_endpoint,
-        region=settings.s3_region,
-        path_style=settings.s3_path_style,
-        connect_timeout_ms=settings.store_connect_timeout_ms,
-        read_timeout_ms=settings.store_read_timeout_ms,
-    )
+    return open_configured(settings, url)
 
 
 def _store(settings: Settings, store: ObjectStore, told: bool) -> Iterator[Check]:

@@ -18,7 +18,7 @@ from sessiond.daemon import take_node
 from sessiond.errors import Unavailable
 from sessiond.tiers.cloud.bucket import Bucket, open_bucket, refusal
 from sessiond.tiers.cloud.lease import Lease
-from sessiond.tiers.cloud.open import open_store
+from sessiond.tiers.cloud.open import open_configured
 from sessiond.tiers.cloud.store import Listed, ObjectStore, StoreError
 from sessiond.tiers.hot.environment import Environment
 
@@ -28,14 +28,7 @@ KEYS_PER_PAGE = 1000
 @contextmanager
 def cloud_tier(settings: Settings) -> Iterator[tuple[ObjectStore, Bucket]]:
     """The store and its identity, which must be there already. Raises as opening them does."""
-    store = open_store(
-        settings.cloud_url,
-        endpoint=settings.s3_endpoint,
-        region=settings.s3_region,
-        path_style=settings.s3_path_style,
-        connect_timeout_ms=settings.store_connect_timeout_ms,
-        read_timeout_ms=settings.store_read_timeout_ms,
-    )
+    store = open_configured(settings)
     try:
         yield store, open_bucket(store, bytes.fromhex(settings.hash_key), 0, make=False)
     finally:

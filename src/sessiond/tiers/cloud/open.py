@@ -22,10 +22,10 @@ _FORMS = "Write file:///an/absolute/folder or s3://bucket/prefix."
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,62}")
 
 
-def open_configured(settings: Settings) -> ObjectStore:
-    """The store that the settings name. Raises as open_store does."""
+def open_configured(settings: Settings, url: str = "") -> ObjectStore:
+    """The store that the settings name, or another one opened as they say. Raises as open_store does."""
     return open_store(
-        settings.cloud_url,
+        url or settings.cloud_url,
         endpoint=settings.s3_endpoint,
         region=settings.s3_region,
         path_style=settings.s3_path_style,
