@@ -37,7 +37,7 @@ from sessiond.errors import (
     SessiondError,
     Unavailable,
 )
-from sessiond.tiers.cloud.bucket import BUCKET_KEY, Bucket, lease_key, open_bucket, refusal
+from sessiond.tiers.cloud.bucket import BUCKET_KEY, Bucket, lease_key, open_bucket, start_refusal
 from sessiond.tiers.cloud.lease import is_alive
 from sessiond.tiers.cloud.open import open_configured
 from sessiond.tiers.cloud.probe import probe
@@ -384,7 +384,7 @@ def _store(settings: Settings, store: ObjectStore, told: bool) -> Iterator[Check
 def _refusal(error: StoreError) -> SessiondError:
     if isinstance(error, BucketMissing):
         return NotFound("BUCKET_NOT_FOUND", f"There is no such bucket: {error.detail}.")
-    return refusal(error)
+    return start_refusal(error)
 
 
 def _permissions(store: ObjectStore) -> Iterator[Check]:
@@ -448,7 +448,7 @@ def _permissions(store: ObjectStore) -> Iterator[Check]:
         except StoreDenied as error:
             wrote = what != "put"
             where = f"on {store.url}" if isinstance(store, S3Store) else "for the daemon's user on the folder"
-            yield failed(name, refusal(error), f"Grant {permission} {where}, or correct the credentials.")
+            yield failed(name, start_refusal(error), f"Grant {permission} {where}, or correct the credentials.")
         except StoreError as error:
             wrote = what != "put"
             yield failed(name, _refusal(error))
@@ -474,7 +474,7 @@ def _conditional_writes(store: ObjectStore) -> Check:
     except SessiondError as error:
         return failed(name, error)
     except StoreError as error:
-        return failed(name, refusal(error))
+        return failed(name, start_refusal(error))
     return passed(name, "of writes at the same time exactly one won, every time")
 
 
@@ -528,7 +528,7 @@ def _lease(settings: Settings, store: ObjectStore) -> Check:
     except Corrupt as error:
         return failed(name, error, "Stop whatever serves under this name and run sessiond repair.")
     except StoreError as error:
-        return failed(name, refusal(error))
+        return failed(name, start_refusal(error))
     who = f"{settings.node!r}, incarnation {bytes(holder.get('incarnation', b'')).hex()} at {holder.get('address')}"
     if holder.get("released"):
         return passed(name, f"{who}: released, a start need not wait")

@@ -16,7 +16,7 @@ from typing import Any
 from sessiond.config import Settings
 from sessiond.daemon import take_node
 from sessiond.errors import Unavailable
-from sessiond.tiers.cloud.bucket import Bucket, open_bucket, refusal
+from sessiond.tiers.cloud.bucket import Bucket, open_bucket, start_refusal
 from sessiond.tiers.cloud.lease import Lease
 from sessiond.tiers.cloud.open import open_configured
 from sessiond.tiers.cloud.store import Listed, ObjectStore, StoreError
@@ -96,7 +96,7 @@ def listed(store: ObjectStore, prefix: str, start_after: str = "") -> Iterator[L
         try:
             rows = list(store.list(prefix, start_after, KEYS_PER_PAGE))
         except StoreError as error:
-            raise refusal(error) from error
+            raise start_refusal(error) from error
         yield from rows
         if len(rows) < KEYS_PER_PAGE:
             return

@@ -33,7 +33,7 @@ from sessiond.core import state as states
 from sessiond.core.expiry import day_of
 from sessiond.core.manifest import LIFECYCLE_ACTIVE, LIFECYCLE_DELETED, Manifest
 from sessiond.errors import Corrupt, SessiondError, Unavailable
-from sessiond.tiers.cloud.bucket import Bucket, lease_key, manifest_key, refusal
+from sessiond.tiers.cloud.bucket import Bucket, lease_key, manifest_key, start_refusal
 from sessiond.tiers.cloud.lease import STANDSTILL_LEASES
 from sessiond.tiers.cloud.store import ObjectNotFound, ObjectStore, StoreError
 from sessiond.tiers.hot import log
@@ -362,7 +362,7 @@ class _Cloud:
             except ObjectNotFound:
                 return
             except StoreError as error:
-                raise refusal(error) from error
+                raise start_refusal(error) from error
             try:
                 envelope.unseal(stored.body, envelope.KIND_LEASE, key)
                 return
@@ -418,7 +418,7 @@ class _Cloud:
                 if not self._dry_run:
                     self._put(key, body)
             except StoreError as error:
-                raise refusal(error) from error
+                raise start_refusal(error) from error
         try:
             for row in self._segments.rows(manifest):
                 try:
@@ -446,7 +446,7 @@ class _Cloud:
         except ObjectNotFound:
             return  # removed since it was listed
         except StoreError as error:
-            raise refusal(error) from error
+            raise start_refusal(error) from error
         try:
             envelope.unseal(body, kind, key)
             return
@@ -496,7 +496,7 @@ class _Cloud:
         try:
             self._store.delete(key)
         except StoreError as error:
-            raise refusal(error) from error
+            raise start_refusal(error) from error
 
     def _put(self, key: str, body: bytes) -> None:
         try:
@@ -504,4 +504,4 @@ class _Cloud:
             if self._store.get(key).body != body:
                 raise Unavailable("STORE_UNAVAILABLE", f"The cloud tier gave back other bytes for {key} than it took.")
         except StoreError as error:
-            raise refusal(error) from error
+            raise start_refusal(error) from error

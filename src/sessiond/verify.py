@@ -21,7 +21,7 @@ from sessiond.core.expiry import day_of
 from sessiond.core.invariants import HotView, View
 from sessiond.core.manifest import LIFECYCLE_ACTIVE, LIFECYCLE_ARCHIVED, LIFECYCLE_DELETED, Manifest
 from sessiond.errors import Corrupt, NotFound, SessiondError
-from sessiond.tiers.cloud.bucket import Bucket, open_bucket, refusal
+from sessiond.tiers.cloud.bucket import Bucket, open_bucket, start_refusal
 from sessiond.tiers.cloud.fit import PASSED_KEY
 from sessiond.tiers.cloud.open import open_configured
 from sessiond.tiers.cloud.store import Listed, ObjectNotFound, ObjectStore, StoreError
@@ -198,7 +198,7 @@ class _Checker:
             try:
                 rows = list(self._store.list(prefix, start_after, KEYS_PER_PAGE))
             except StoreError as error:
-                raise refusal(error) from error
+                raise start_refusal(error) from error
             yield from rows
             if len(rows) < KEYS_PER_PAGE:
                 return
@@ -213,7 +213,7 @@ class _Checker:
         except ObjectNotFound:
             return None
         except StoreError as error:
-            raise refusal(error) from error
+            raise start_refusal(error) from error
 
     # One session ----------------------------------------------------------------------------------------------------
 
