@@ -8,14 +8,16 @@ import gc
 import signal
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import TypeVar
 
 import structlog
 
 from sessiond import __version__, core, telemetry
 from sessiond.config import Settings
-from sessiond.errors import SessiondError
+from sessiond.errors import SessiondError, Unavailable
 from sessiond.service.node import CallCounts, Node
 from sessiond.service.sessions import Parts, Sessions
 from sessiond.tiers.cloud.bucket import open_bucket
@@ -37,9 +39,15 @@ from sessiond.v1 import admin_pb2
 
 log = structlog.get_logger("sessiond")
 
+Result = TypeVar("Result")
+
 STORE_THREADS = 32
 COUNT_THREADS = 4
 STOP_GRACE_S = 2.0
+# At the start of a node that has served before, while its bucket does not answer: how often it is asked and told.
+AWAITED = frozenset(("STORE_UNAVAILABLE", "COMMIT_UNKNOWN"))
+STORE_AWAITED_S = 1.0
+STORE_TOLD_EVERY = 30
 WARM_AFTER_S = 3.0
 DOUBTED_PER_COMMIT = 1000
 
@@ -87,13 +95,16 @@ class Daemon:
         tokenizer.verify_vocabularies()
         store = CountingStore(open_configured(settings))
         opened.callback(store.close)
-        bucket = open_bucket(store, bytes.fromhex(settings.hash_key), now_ms())
-        ensure_fit(store)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, server.shut_down.set)
+        reach = partial(self._reach, server, settings)
+        bucket = await reach(partial(open_bucket, store, bytes.fromhex(settings.hash_key), now_ms()))
+        await reach(partial(ensure_fit, store))
         refuse_network(str(settings.hot_dir), "data_dir")
         hot = Environment(settings.hot_dir, settings.map_size_bytes, settings.readers_max, settings.commit_group_max)
         opened.callback(hot.close)
         hot.bind_store(bucket.store_id)
-        loop = asyncio.get_running_loop()
 
         def hot_tier_failed(failure: SessiondError) -> None:
             log.error(telemetry.HOT_TIER_FAILED, reason=failure.reason, message=str(failure))
@@ -117,10 +128,9 @@ class Daemon:
             lease_lost,
             transaction_id=lambda: hot.transaction_id,
         )
-        await asyncio.to_thread(take_node, lease, hot, hot.opened_at)
+        await reach(partial(take_node, lease, hot, hot.opened_at))
         identity = NodeIdentity(hot.incarnation, settings.node, settings.listen)
-        # getattr: until every store has a clock of its own
-        expiry_ms = SteadyClock(now_ms, boot_clock_ms, getattr(store, "clock_ms", lambda: None), lease.seen_ms())
+        expiry_ms = SteadyClock(now_ms, boot_clock_ms, store.clock_ms, lease.seen_ms())
         lease.seen_ms = expiry_ms
         lease.start()
         opened.callback(lease.stop, False)
@@ -193,10 +203,28 @@ class Daemon:
         log.info(telemetry.SERVING, listen=settings.listen, port=self.port, cloud=store.url, hot=str(hot.path))
         return server, node, lease
 
+    async def _reach(self, server: Server, settings: Settings, work: Callable[[], Result]) -> Result:
+        """What asks the store for something at the start. A node that has served before waits for a bucket that does
+        not answer, refusing calls as a node that starts: its sessions are on its disk, and whoever supervises it may
+        give up on a daemon that ends again and again. A new one is told at once that its settings lead nowhere.
+        """
+        has_served = settings.cloud.startswith("s3:") and (settings.hot_dir / "data.mdb").exists()
+        waits = 0
+        while True:
+            try:
+                return await asyncio.to_thread(work)
+            except Unavailable as error:
+                if not has_served or error.reason not in AWAITED or server.shut_down.is_set():
+                    raise
+                if waits == 0:
+                    await server.start()
+                if waits % STORE_TOLD_EVERY == 0:
+                    log.warning(telemetry.STORE_AWAITED, reason=error.reason, message=error.message)
+                waits += 1
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(server.shut_down.wait(), STORE_AWAITED_S)
+
     async def _serve(self, server: Server) -> None:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, server.shut_down.set)
         await server.shut_down.wait()
 
     async def _drain(self, node: Node) -> bool:

@@ -9,6 +9,7 @@ from typing import Final
 import structlog
 
 STARTING: Final = "starting"
+STORE_AWAITED: Final = "store_awaited"
 SERVING: Final = "serving"
 DRAINING: Final = "draining"
 DRAINED: Final = "drained"

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from contextlib import closing
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 
+import grpc
 import pytest
 
-from sessiond.testing import StartFailed
 from tests.fault.load import Load
 from tests.fault.world import CLOUD_ACK, World, faulty, until
 from tests.seaweed import Seaweed
-from tests.wire import Wire, user
+from tests.wire import Refusal, Wire, user
 
 SESSIONS = [f"s{number}" for number in range(64)]
 WRITERS = 8
@@ -21,6 +22,7 @@ DRAIN_S_MAX = 30.0
 # What a minute of this load may add to the process: its turns' own pages of the map, and some room.
 RESIDENT_GROWTH_BYTES_MAX = 128 * 1024**2
 LEASE_MS = 1000
+START_S_MAX = 30.0
 # The daemon's own defaults, and not the short ones of the other tests here.
 SETTINGS = {"store_connect_timeout_ms": 2000, "store_read_timeout_ms": 10_000, "flush_interval_ms": 1000}
 
@@ -88,6 +90,19 @@ def test_a_store_that_is_down_costs_no_append_and_the_backlog_drains(
         world.check_clean()
 
 
+def awaits_store(wire: Wire) -> bool:
+    """Whether a daemon answers that it is starting, with a time to come again."""
+    try:
+        wire.resume(SESSIONS[0])
+    except grpc.RpcError as error:
+        if error.trailing_metadata() is None or error.code() != grpc.StatusCode.UNAVAILABLE:
+            return False
+        with suppress(AssertionError):  # nobody listens yet
+            found = Refusal(error)
+            return found.reason == "NODE_STARTING" and found.retry_ms > 0
+    return False
+
+
 def test_a_kill_while_the_store_is_down_loses_and_doubles_nothing(seaweed: Seaweed) -> None:
     with faulty(seaweed, lease_ms=LEASE_MS, **SETTINGS) as world, closing(world.wire()) as wire:
         begin(world, wire)
@@ -98,13 +113,15 @@ def test_a_kill_while_the_store_is_down_loses_and_doubles_nothing(seaweed: Seawe
             assert not load.refused, dict(load.refused)
             before = {session: dict(acked) for session, acked in load.acked.items()}
             world.daemon.kill()
-            # Without the store nobody knows by which key names are hashed, nor whether another has the node's name.
-            with pytest.raises(StartFailed) as refused:
-                world.daemon.start()
-            assert refused.value.reason == "STORE_UNAVAILABLE"
-            world.proxy.up()
-            back = time.monotonic()
-            world.daemon.start()
+            # Without the store nobody knows by which key names are hashed, nor whether another has the node's name: the
+            # daemon waits for it, and says so.
+            with ThreadPoolExecutor(1) as starting:
+                started = starting.submit(world.daemon.start)
+                until(lambda: awaits_store(wire), "the daemon waits for its store", START_S_MAX)
+                assert not started.done()
+                world.proxy.up()
+                back = time.monotonic()
+                started.result()
             until(lambda: drained(world, wire, 10), "the backlog is drained", DRAIN_S_MAX)
             print(f"killed in an outage: started and drained {time.monotonic() - back:.1f} s after the store was back")
             load.wait_for(RATE_PER_S)

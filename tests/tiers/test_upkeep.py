@@ -6,6 +6,7 @@ is moved by hand.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,17 +15,20 @@ import pytest
 from sessiond.core import rules
 from sessiond.core.expiry import DAY_MS, day_of
 from sessiond.core.manifest import LIFECYCLE_ACTIVE, LIFECYCLE_ARCHIVED, LIFECYCLE_DELETED, Manifest
+from sessiond.errors import Unavailable
 from sessiond.tiers import compact
 from sessiond.tiers.cloud.bucket import manifest_key
 from sessiond.tiers.cloud.store import StoreUnavailable
 from sessiond.tiers.hot import log
 from sessiond.tiers.hot.rows import PHASE_OWNED, PHASE_RELEASED, Head
 from sessiond.tiers.hydrate import Segments, load
+from sessiond.tiers.pace import FAILURES_MIN
 from sessiond.tiers.steady import SteadyClock
 from sessiond.tiers.upkeep import SLICE_ROWS, Upkeep
 from sessiond.v1 import context_pb2, session_pb2, turn_pb2
 from tests.tiers.test_commits import (
     START_MS,
+    Land,
     S,
     World,
     assistant,
@@ -445,7 +449,7 @@ def test_an_idle_session_is_released_and_one_that_is_used_is_not(node: Node) -> 
 def test_nothing_is_released_while_the_store_is_down(node: Node) -> None:
     talk(node)
     node.store.on_put = unsent
-    for _ in range(3):
+    for _ in range(FAILURES_MIN):
         with refused("STORE_UNAVAILABLE"):
             node.live.flusher.request(node.h(S)).result(timeout=20)
     assert node.live.flusher.failing
@@ -494,6 +498,82 @@ def test_every_session_is_looked_over_however_many_there_are(node: Node) -> None
     for index in range(3):
         seen |= {h for h, _ in node.upkeep._heads(1 if index else SLICE_ROWS)}
     assert seen == known
+
+
+# The backlog -------------------------------------------------------------------------------------------------------
+
+
+def background(node: Node, rounds: int) -> None:
+    """What the flusher does by itself in so many half seconds."""
+    flusher = node.live.flusher
+    for _ in range(rounds):
+        node.world.clock.now_ms += 500
+        flusher._collect()
+        flusher._feed()
+        while flusher._running:
+            time.sleep(0.0005)
+
+
+def test_sessions_that_cannot_be_flushed_hold_up_no_others(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sessiond.tiers.flush.boot_clock_ms", node.world.clock)
+    bad, good = [f"bad{number}" for number in range(5)], [f"good{number}" for number in range(3)]
+    for name in (*bad, *good):
+        talk(node, name)
+    damned = {manifest_key(node.h(name)) for name in bad}
+
+    def on_put(key: str, land: Land) -> str:
+        if key in damned:
+            raise StoreUnavailable(key, "503 for this key only")
+        return land()
+
+    node.store.on_put = on_put
+    background(node, 40)
+    assert [node.manifest(name).head for name in good] == [2, 2, 2]
+    assert [node.manifest(name).head for name in bad] == [0] * 5
+    # Nor do they come to stand in the way later, of what somebody waits for.
+    refusals = 0
+    for turn in range(20):
+        node.append("good0", user(f"q{turn}"), assistant(f"r{turn}"))
+        refused_with = node.live.flusher.request(node.h("good0")).exception(timeout=20)
+        assert refused_with is None or isinstance(refused_with, Unavailable)
+        refusals += refused_with is not None
+        background(node, 2)
+    assert refusals <= 5, "one time in four is too often"
+    node.store.heal()
+    background(node, 40)
+    assert [node.manifest(name).head for name in bad] == [2] * 5
+
+
+def test_after_an_outage_everything_goes_out_at_once_the_longest_waiting_first(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sessiond.tiers.flush.boot_clock_ms", node.world.clock)
+    names = [f"s{number}" for number in range(20)]
+    for name in names:
+        node.world.clock.now_ms += 10
+        talk(node, name)
+    tried: list[str] = []
+
+    def down(key: str, land: Land) -> str:
+        tried.append(key)
+        raise StoreUnavailable(key, "down")
+
+    node.store.on_put = down
+    background(node, 120)
+    assert node.live.flusher.failing
+    # A minute of outage: some tries, one at a time and on many sessions, and not thousands.
+    assert 20 <= len(tried) <= 100
+    assert len(set(tried)) > 10
+    written: list[str] = []
+
+    def up(key: str, land: Land) -> str:
+        written.append(key)
+        return land()
+
+    node.store.on_put = up
+    background(node, 6)
+    assert not node.live.flusher.failing
+    assert sorted(written) == sorted(manifest_key(node.h(name)) for name in names)
 
 
 # Merging -----------------------------------------------------------------------------------------------------------

@@ -349,16 +349,17 @@ class Flusher:
     def _note_failure(self, h: bytes, error: BaseException) -> None:
         self.last_error = reason_of(error)
         if self.last_error in _STORE_REASONS:
-            self._pace.failed(boot_clock_ms())
-            return
+            self._pace.failed(h, boot_clock_ms())
+        # Another session is tried next: this one's fault may be its own.
         backoff_ms = min(BACKOFF_LAST_MS, 2 * self._not_before.get(h, (0, BACKOFF_FIRST_MS // 2))[1])
         if len(self._not_before) >= REMEMBERED_MAX:
             self._not_before.clear()
         self._not_before[h] = (boot_clock_ms() + backoff_ms, backoff_ms)
 
-    def _note_commit(self) -> None:
+    def _note_commit(self, h: bytes) -> None:
         self.commits += 1
-        if self._pace.succeeded(boot_clock_ms()):
+        if self._pace.succeeded(h, boot_clock_ms()):
+            self._not_before.clear()
             self._wake.set()
 
     def flush(
@@ -430,7 +431,7 @@ class Flusher:
             etag = put_settled(self._store, h, cut.manifest, cut.head.etag, self._wait)
         except Conflict as lost:
             return self._catch_up(h, cut, lost, release)
-        self._note_commit()
+        self._note_commit(h)
         self._settle(h, cut.manifest, etag, cut.head.changes, release)
         if leaves_row(cut.base, cut.manifest):
             day = day_of(cut.base.expires_ms)

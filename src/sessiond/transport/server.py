@@ -63,6 +63,7 @@ class Server:
         self._unary: dict[str, tuple[type[Message], Unary]] = {}
         self._node: Node | None = None
         self._watch: asyncio.Task[None] | None = None
+        self._started = False
         self.shut_down = asyncio.Event()
         self._server = grpc.aio.server(
             options=[
@@ -210,10 +211,13 @@ class Server:
         )
 
     async def start(self) -> None:
-        """Begin answering. Health says NOT_SERVING until the node serves."""
+        """Begin answering, if it has not begun. Health says NOT_SERVING until the node serves."""
         await self._set_health()
-        self._watch = asyncio.create_task(self._watch_cloud())
-        await self._server.start()
+        if self._node is not None:
+            self._watch = asyncio.create_task(self._watch_cloud())
+        if not self._started:
+            self._started = True
+            await self._server.start()
 
     async def _watch_cloud(self) -> None:
         """Tell health whenever the cloud tier stops answering, or answers again."""
