@@ -272,6 +272,7 @@ def plot(samples: list[Sample], sessions: int) -> str:
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{len(panels) * (height + 40) + 30}"'
         ' font-family="sans-serif" font-size="12">',
+        '<rect width="100%" height="100%" fill="#fff"/>',
         f'<text x="{left}" y="18" font-size="14">A day of a node with {sessions} sessions</text>',
     ]
     for index, (title, points) in enumerate(panels):
