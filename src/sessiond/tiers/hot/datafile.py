@@ -88,7 +88,7 @@ def _file_damage(path: Path) -> str:
         second = raw[page_bytes : page_bytes + _META.size] or os.pread(file.fileno(), _META.size, page_bytes)
     if len(second) < _META.size:
         return f"{path} has less than two pages"
-    numbers = []
+    numbers, outside = [], []
     for place, page in enumerate((raw[: _META.size], second)):
         values = _META.unpack(page)
         if (values[0], values[2], values[5], values[6], values[9]) != (place, _META_PAGE, _MAGIC, 1, page_bytes):
@@ -96,12 +96,16 @@ def _file_damage(path: Path) -> str:
         last_page, number = values[25], values[26]
         if number and number % 2 != place:
             return f"meta page {place} of {path} carries transaction {number}, which belongs to the other"
-        if any(root != _NO_PAGE and not 2 <= root <= last_page for root in (values[16], values[24])):
-            return f"meta page {place} of {path} leads outside of its file"
+        outside.append(any(root != _NO_PAGE and not 2 <= root <= last_page for root in (values[16], values[24])))
         numbers.append(number)
     # Commits take turns, so the two are always one apart: anything else would bring older rows back.
     if abs(numbers[0] - numbers[1]) > 1:
         return f"the meta pages of {path} carry the transactions {numbers[0]} and {numbers[1]}"
+    # The newer one is believed. The other may be what LMDB made of a commit whose last write failed: it takes number
+    # and size back, and leaves the roots (mdb_env_write_meta).
+    newest = numbers.index(max(numbers))
+    if outside[newest]:
+        return f"meta page {newest} of {path} leads outside of its file"
     return ""
 
 
