@@ -75,6 +75,7 @@ def running(folder: Path, flushes: bool = True) -> Iterator[tuple[Sessions, Part
             counting=executor,
             clock_ms=daemon.now_ms,
             expiry_ms=daemon.now_ms,
+            latest_ms=daemon.now_ms,
             turn_bytes_max=TURN_BYTES_MAX,
             default_budget_tokens=0,
         )
@@ -126,7 +127,9 @@ def record_appends(folder: Path, before: int, appends: int) -> tuple[Path, Path,
 
             def operation(transaction: Transaction) -> Any:
                 recorder = Recorder(transaction)
-                done = log.append(recorder, h, "recorded", prepared, None, None, daemon.now_ms(), daemon.now_ms, dict)
+                done = log.append(
+                    recorder, h, "recorded", prepared, None, None, daemon.now_ms(), daemon.now_ms, daemon.now_ms, dict
+                )
                 if records:
                     recorded.append(recorder.rows)
                 return done

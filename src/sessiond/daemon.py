@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import structlog
 
@@ -23,7 +23,7 @@ from sessiond.service.sessions import Parts, Sessions
 from sessiond.tiers.cloud.bucket import open_bucket
 from sessiond.tiers.cloud.counting import CountingStore
 from sessiond.tiers.cloud.fit import ensure_fit
-from sessiond.tiers.cloud.lease import Lease, boot_clock_ms
+from sessiond.tiers.cloud.lease import Lease, boot_clock_ms, last_seen_ms
 from sessiond.tiers.cloud.open import open_configured
 from sessiond.tiers.flush import Flusher
 from sessiond.tiers.hot.environment import Environment
@@ -130,7 +130,8 @@ class Daemon:
         )
         await reach(partial(take_node, lease, hot, hot.opened_at))
         identity = NodeIdentity(hot.incarnation, settings.node, settings.listen)
-        expiry_ms = SteadyClock(now_ms, boot_clock_ms, store.clock_ms, lease.seen_ms())
+        seen_ms = lease.seen_ms() or (0 if store.clock_ms() else last_seen_ms(store))
+        expiry_ms = SteadyClock(now_ms, boot_clock_ms, store.clock_ms, seen_ms)
         lease.seen_ms = expiry_ms
         lease.start()
         opened.callback(lease.stop, False)
@@ -166,6 +167,7 @@ class Daemon:
             counting=counting,
             clock_ms=now_ms,
             expiry_ms=expiry_ms,
+            latest_ms=expiry_ms.latest_ms,
             turn_bytes_max=settings.turn_bytes_max,
             default_budget_tokens=settings.default_budget_tokens,
             serve_unconfirmed=settings.serve_unconfirmed,
@@ -246,16 +248,19 @@ class Daemon:
 
 
 def take_node(lease: Lease, hot: Environment, opened_at: int) -> None:
-    """Take the node's name, and find out whether the hot tier may believe its rows. opened_at: its newest commit."""
-    holder = lease.acquire()
-    ours = holder is not None and holder.get("incarnation") == hot.incarnation
-    if ours and holder is not None and int(holder.get("txn", 0)) > opened_at:
-        # An older copy of the disk was put back: what it says it owns went on without it.
-        lease.rename(hot.mint_incarnation())
-        ours = False
-    if not ours:
-        # Another hot tier, or none, held this node's name since these rows were written: they may own nothing now.
-        doubt_all(hot)
+    """Take the node's name, and know before whether the hot tier may believe its rows. opened_at: its newest commit."""
+
+    def believe(holder: dict[str, Any] | None) -> None:
+        ours = holder is not None and holder.get("incarnation") == hot.incarnation
+        if ours and holder is not None and int(holder.get("txn", 0)) > opened_at:
+            # An older copy of the disk was put back: what it says it owns went on without it.
+            lease.rename(hot.mint_incarnation())
+            ours = False
+        if not ours:
+            # Another hot tier, or none, held this node's name since these rows were written: they may own nothing now.
+            doubt_all(hot)
+
+    lease.acquire(believe)
 
 
 def doubt_all(hot: Environment) -> None:

@@ -78,11 +78,11 @@ def node_name(settings: Settings, store: ObjectStore, hot: Environment | None = 
         lambda: None,
         transaction_id=(lambda: hot.transaction_id) if hot else lambda: 0,
     )
-    before = {}
+    before: dict[str, Any] = {}
     if hot is not None:
         take_node(lease, hot, hot.opened_at)
     else:
-        before = lease.acquire() or {}
+        lease.acquire(lambda holder: before.update(holder or {}))
     lease.start()
     try:
         yield Name(still_held, before)

@@ -104,6 +104,7 @@ class Day:
                 counting=self.pools[1],
                 clock_ms=clock,
                 expiry_ms=clock,
+                latest_ms=clock,
                 turn_bytes_max=1 << 20,
                 default_budget_tokens=4000,
             )

@@ -184,6 +184,7 @@ class LiveNode:
                 counting=self.executors[1],
                 clock_ms=self.clock,
                 expiry_ms=self.clock,
+                latest_ms=self.clock,
                 turn_bytes_max=1 << 20,
                 default_budget_tokens=0,
             )

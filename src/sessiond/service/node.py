@@ -20,7 +20,7 @@ from sessiond.service.sessions import Call, Parts, Sessions
 from sessiond.tiers.cloud.counting import CountingStore
 from sessiond.tiers.cloud.lease import boot_clock_ms
 from sessiond.tiers.flush import Flushed
-from sessiond.tiers.hot.rows import PHASE_OWNED, PHASE_RELEASING, decode_head
+from sessiond.tiers.hot.rows import PHASE_DOUBTED, PHASE_FENCED, PHASE_OWNED, PHASE_RELEASING, decode_head
 from sessiond.tiers.upkeep import Upkeep
 from sessiond.v1 import admin_pb2, session_pb2
 
@@ -190,7 +190,9 @@ class Node:
         with self._parts.hot.read() as transaction:
             for key, value in transaction.scan("heads", b""):
                 try:
-                    if decode_head(key, value).phase in (PHASE_OWNED, PHASE_RELEASING):
+                    head = decode_head(key, value)
+                    unflushed = head.phase == PHASE_FENCED and head.head_seq > head.cloud_seq
+                    if head.phase in (PHASE_OWNED, PHASE_RELEASING, PHASE_DOUBTED) or unflushed:
                         owned.append(key)
                 except SessiondError:
                     owned.append(key)  # a damaged row can't be released: the drain must say so
@@ -236,6 +238,9 @@ class Node:
                     error = future.exception()
                     if error is not None:
                         failures[reason_of(error)] += 1
+                    elif not future.result().released:
+                        # Another node owns it, and acknowledged turns of it are on this node only.
+                        failures["UNFLUSHED_TURNS"] += 1
                     else:
                         progress.released_sessions += 1
                         progress.remaining_sessions -= 1

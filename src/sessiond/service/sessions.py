@@ -55,7 +55,6 @@ from sessiond.tiers.hot.rows import (
     PHASE_DOUBTED,
     PHASE_FENCED,
     PHASE_OWNED,
-    PHASE_RELEASED,
     PHASE_RELEASING,
     Head,
     decode_committed,
@@ -124,6 +123,7 @@ class Parts:
     counting: Executor
     clock_ms: Callable[[], int]
     expiry_ms: Callable[[], int]
+    latest_ms: Callable[[], int]
     turn_bytes_max: int
     default_budget_tokens: int
     serve_unconfirmed: bool = True
@@ -335,7 +335,7 @@ class Sessions:
         if self.draining:
             raise draining()
         self._check_not_fenced()
-        now_ms = self._parts.clock_ms()
+        now_ms = self._parts.latest_ms()
         if request.created_at_unix_ms >= 1 << 47:
             raise invalid("INVALID_CONTEXT", "created_at_unix_ms", "it lies beyond the year 6429")
         birth = {
@@ -849,8 +849,8 @@ class Sessions:
                 return dict(decode_committed(h, transaction.get("manifests", h)).birth["metadata"])
 
             try:
-                clock = self._parts.expiry_ms
-                return log.append(transaction, h, session_id, turns, expected, state_etag, now_ms, clock, birth)
+                clocks = self._parts.expiry_ms, self._parts.latest_ms
+                return log.append(transaction, h, session_id, turns, expected, state_etag, now_ms, *clocks, birth)
             except log.HistoryNeeded as needed:
                 return needed
 
@@ -987,15 +987,17 @@ class Sessions:
         check_user_id(request.user_id)
         self._check_not_fenced()
         head = self._peek(h)
-        if head is not None and head.lifecycle == LIFECYCLE_DELETED:
+        if head is not None and head.lifecycle == LIFECYCLE_DELETED and head.phase != PHASE_FENCED:
             check_user(request.session_id, head.user, request.user_id)  # begun by an earlier call, and not done yet
         elif not await self._mark_deleted(h, request.session_id, request.user_id):
             return session_pb2.DeleteSessionResponse(deleted=False)
         try:
-            await wait_until(asyncio.wrap_future(self._parts.flusher.request(h)), self._remaining_ms(call))
+            await wait_until(
+                asyncio.wrap_future(self._parts.flusher.request(h, release=True)), self._remaining_ms(call)
+            )
         except (TimeoutError, SessiondError) as error:
             head = self._peek(h)
-            if head is None or head.phase == PHASE_RELEASED:
+            if head is None or head.tombstoned:
                 # The tombstone stands; what it leaves behind is removed as soon as the store answers again.
                 return session_pb2.DeleteSessionResponse(deleted=True)
             detail = error.message if isinstance(error, SessiondError) else "the cloud tier did not confirm in time."

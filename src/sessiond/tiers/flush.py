@@ -26,6 +26,7 @@ from sessiond.core.manifest import (
     INLINE_NEWEST_BYTES,
     INLINE_TAIL_BYTES_MAX,
     KEPT_BYTES_MAX,
+    LIFECYCLE_ACTIVE,
     LIFECYCLE_DELETED,
     SEGMENT_ROWS_KEPT,
     SEGMENT_ROWS_MAX,
@@ -61,7 +62,7 @@ from sessiond.tiers.hot.rows import (
 )
 from sessiond.tiers.hydrate import ATTEMPTS_MAX, Cold, Node, Segments, load, put_settled, revalidate
 from sessiond.tiers.pace import Pace
-from sessiond.tiers.retire import leaves_row, needs_row, put_expiry_row, remove_objects, tombstone
+from sessiond.tiers.retire import ended, leaves_row, needs_row, put_expiry_row, remove_objects, tombstone
 
 BACKOFF_FIRST_MS = 200
 BACKOFF_LAST_MS = 10_000
@@ -73,6 +74,11 @@ SEAL_ROUNDS_MAX = 8
 # A session may be flushed so often while it waits for an answer, and once more for each interval that goes by.
 WAITING_FLUSHES_MAX = 10
 WAITING_REFILL_MS = 600_000
+# Objects that one flush of a deleted session removes: where somebody waits, and where nobody does.
+REMOVED_URGENT_MAX = 64
+REMOVED_MAX = 512
+# Names of replaced objects that a manifest carries at most.
+REPLACED_MAX = 512
 # Sessions of which something is remembered between two flushes; beyond it everything is forgotten, at little cost.
 REMEMBERED_MAX = 65_536
 # Refusals that speak of the store, not of one session.
@@ -86,6 +92,8 @@ class Flushed:
     cloud_seq: int
     wrote: bool
     released: bool
+    # False: a deletion is committed, and something that it left behind could not be removed yet.
+    complete: bool = True
 
 
 @dataclass(slots=True)
@@ -327,10 +335,12 @@ class Flusher:
             if not release and any(wanted.release for wanted in waiting):
                 release = True
                 unused_since_ms = min(wanted.unused_since_ms or 0 for wanted in waiting if wanted.release)
+            outcome: Flushed | BaseException
             try:
-                outcome: Flushed | BaseException = self.flush(h, release, unused_since_ms, urgent)
-                self._not_before.pop(h, None)
-                self.last_error = ""
+                outcome = flushed = self.flush(h, release, unused_since_ms, urgent)
+                if flushed.wrote and flushed.complete:
+                    self._not_before.pop(h, None)
+                    self.last_error = ""
             except BaseException as error:  # whoever waits must hear of anything
                 outcome = error
                 self._note_failure(h, error)
@@ -351,6 +361,9 @@ class Flusher:
         if self.last_error in _STORE_REASONS:
             self._pace.failed(h, boot_clock_ms())
         # Another session is tried next: this one's fault may be its own.
+        self._back_off(h)
+
+    def _back_off(self, h: bytes) -> None:
         backoff_ms = min(BACKOFF_LAST_MS, 2 * self._not_before.get(h, (0, BACKOFF_FIRST_MS // 2))[1])
         if len(self._not_before) >= REMEMBERED_MAX:
             self._not_before.clear()
@@ -375,37 +388,78 @@ class Flusher:
         if head is not None and head.phase == PHASE_DOUBTED:
             revalidate(self._hot, self._store, self._node, h)
         if head is not None and head.lifecycle == LIFECYCLE_DELETED:
-            return self._delete(h)
+            return self._delete(h, urgent)
         if not release:
             return self._flush(h, False, urgent)
-        if not self._move(h, PHASE_OWNED, PHASE_RELEASING, unused_since_ms):
+        before = self._move(h, PHASE_OWNED, PHASE_RELEASING, unused_since_ms)
+        if before not in (PHASE_OWNED, PHASE_RELEASING):
             return self._flush(h, False, urgent)
         try:
             return self._flush(h, True, urgent)
         except SessiondError as error:
-            # While nobody knows whether the release landed, the row keeps appends out; otherwise it did not.
-            if error.reason not in ("COMMIT_UNKNOWN", "EPOCH_FENCED"):
+            # Only whoever began a release may take it back, and only if it surely did not land: while nobody knows, or
+            # an earlier one may have landed, the row keeps appends out.
+            unknown = error.reason == "COMMIT_UNKNOWN" and error.metadata.get("object") == manifest_key(h)
+            if before == PHASE_OWNED and not unknown and error.reason != "EPOCH_FENCED":
                 self._move(h, PHASE_RELEASING, PHASE_OWNED)
             raise
 
-    def _delete(self, h: bytes) -> Flushed:
+    def _delete(self, h: bytes, urgent: bool) -> Flushed:
         """Commit a deletion that the rows ask for, then remove what it leaves behind. Again after any failure."""
         flushed = self._flush(h, True, True)
         with self._hot.read() as transaction:
             head = log.read_head(transaction, h)
-            if head is None or head.lifecycle != LIFECYCLE_DELETED or head.phase != PHASE_RELEASED:
-                return flushed
+        if head is None or head.lifecycle != LIFECYCLE_DELETED:
+            return flushed
+        if head.phase != PHASE_RELEASED:
+            raise Unavailable(
+                "EPOCH_FENCED", f"Session {head.session!r} is another node's.", {"session_id": head.session}
+            )
+        if not head.tombstoned:
+            self._entomb(h, head)
         # The tombstone is definite: what nobody can reach any more may go, in the cloud tier and then here.
-        remove_objects(self._store, self._bucket, h, head)
+        try:
+            most = REMOVED_URGENT_MAX if urgent else REMOVED_MAX
+            if not remove_objects(self._store, self._bucket, h, head, most):
+                return Flushed(head.cloud_seq, True, True)  # its row stays dirty: the rest goes in the background
+        except SessiondError as error:
+            # It is deleted all the same; nor does it say anything about the store's other answers.
+            self.last_error = error.reason
+            self._back_off(h)
+            return Flushed(head.cloud_seq, True, True, False)
         users = self._users_key(h, head)
 
         def operation(transaction: Transaction) -> None:
             found = log.read_head(transaction, h)
-            if found is not None and found.lifecycle == LIFECYCLE_DELETED and found.phase == PHASE_RELEASED:
+            if found is not None and found.tombstoned and found.phase == PHASE_RELEASED:
                 log.drop_session(transaction, h, users)
 
         self._hot.run_blocking(operation)
-        return flushed
+        return Flushed(head.cloud_seq, True, True)
+
+    def _entomb(self, h: bytes, head: Head) -> None:
+        """Write the tombstone of a session that was released before its deletion was committed, or find it there."""
+        cold = load(self._store, h)
+        if cold is None:
+            what = f"Session {head.session!r} has no manifest."
+            raise Corrupt("CORRUPT_MANIFEST", what, {"session_id": head.session, "object": manifest_key(h)})
+        manifest = cold.manifest
+        if manifest.lifecycle != LIFECYCLE_DELETED:
+            if manifest.owner is not None and manifest.owner[0] != self._node.incarnation:
+                self._fence(h)
+                raise Unavailable(
+                    "EPOCH_FENCED", f"Session {head.session!r} is another node's.", {"session_id": head.session}
+                )
+            stone = ended(manifest, self._node.incarnation, LIFECYCLE_DELETED, None, self._clock_ms())
+            put_settled(self._store, h, stone, cold.etag, self._wait)
+            self._note_commit(h)
+
+        def operation(transaction: Transaction) -> None:
+            found = log.read_head(transaction, h)
+            if found is not None and found.phase == PHASE_RELEASED:
+                log.mark_deleted(transaction, h, found, self._clock_ms())
+
+        self._hot.run_blocking(operation)
 
     def _flush(self, h: bytes, release: bool, urgent: bool) -> Flushed:
         sealed: list[list[Any]] = []
@@ -448,16 +502,17 @@ class Flusher:
         rows = manifest.segments[run[0] : run[1]]
         try:
             frames = b"".join(self._segments.frames(manifest, row) for row in rows)
-        except Corrupt as error:
-            # It stays as it is, for verify to explain; turns go on.
+            key, body, row = seal(manifest, manifest.epoch, frames)
+            self._put_immutable(key, body)
+        except SessiondError as error:
+            # They stay as they are, and turns go on: another flush may merge them, or verify explains why none can.
             self.last_error = error.reason
             return
-        key, body, row = seal(manifest, manifest.epoch, frames)
-        self._put_immutable(key, body)
         now_ms = self._clock_ms()
         gone = [(row_key(manifest, old), now_ms) for old in rows]
         manifest.segments = [*manifest.segments[: run[0]], row, *manifest.segments[run[1] :]]
-        manifest.extra = with_replaced(manifest, replaced(manifest) + gone)
+        # Where nothing can be deleted the list must end somewhere; what falls off it is listed by verify.
+        manifest.extra = with_replaced(manifest, (replaced(manifest) + gone)[-REPLACED_MAX:])
         self.merges += 1
 
     def _delete_replaced(self, manifest: Manifest) -> None:
@@ -473,19 +528,20 @@ class Flusher:
                     self._deleted_names.clear()
                 self._deleted_names.add(name)
 
-    def _move(self, h: bytes, before: int, after: int, unused_since_ms: int | None = None) -> bool:
-        """Move a session from one phase to another, if it is in the first; whether it is in the second now."""
+    def _move(self, h: bytes, before: int, after: int, unused_since_ms: int | None = None) -> int:
+        """Move a session from one phase to another, if it is in the first; the phase that it was in, 0 for none."""
 
-        def operation(transaction: Transaction) -> bool:
+        def operation(transaction: Transaction) -> int:
             head = log.read_head(transaction, h)
             if head is None:
-                return False
-            if head.phase == before:
+                return 0
+            found = head.phase
+            if found == before:
                 if unused_since_ms is not None and head.used_ms > unused_since_ms:
-                    return False
+                    return 0
                 head.phase = after
                 log.write_head(transaction, h, head, self._clock_ms())
-            return head.phase == after
+            return found
 
         return self._hot.run_blocking(operation)
 
@@ -611,6 +667,8 @@ class Flusher:
             head.etag = etag
             head.changes_flushed = max(head.changes_flushed, changes)
             head.committed_durability = int(manifest.policy.get("min_durability", 0))
+            if manifest.lifecycle == LIFECYCLE_DELETED:
+                head.tombstoned = True
             if release:
                 # Nothing can be appended while a release is on its way; if something was, it is kept for a later claim.
                 head.phase = PHASE_RELEASED if head.head_seq == manifest.head else PHASE_FENCED
@@ -639,7 +697,9 @@ class Flusher:
             if theirs.mutation <= head.mutation:
                 return self._flush_over(h, found, head, release)
             # A crash came between the store's answer and our row: take the answer now, then flush the rest.
-            self._settle(h, theirs, found.etag, cut.head.changes_flushed, theirs.owner is None)
+            same = (theirs.lifecycle, theirs.policy, theirs.loss) == (head.lifecycle, head.policy, head.loss)
+            changes = head.changes if same else head.changes_flushed
+            self._settle(h, theirs, found.etag, changes, theirs.owner is None)
             return self._flush(h, release, True)
         if theirs.epoch > head.epoch:
             self._fence(h, theirs.lifecycle == LIFECYCLE_DELETED)
@@ -695,12 +755,14 @@ class Flusher:
 
         def operation(transaction: Transaction) -> None:
             head = log.read_head(transaction, h)
-            if head is None or head.phase not in (PHASE_OWNED, PHASE_RELEASING):
+            if head is None or not (head.phase in (PHASE_OWNED, PHASE_RELEASING) or is_pending_deletion(head)):
                 return
             if deleted:
                 log.mark_deleted(transaction, h, head, self._clock_ms())
                 return
             head.phase = PHASE_FENCED
+            if not head.tombstoned and head.lifecycle == LIFECYCLE_DELETED:
+                head.lifecycle = LIFECYCLE_ACTIVE  # what was asked for here did not come to pass
             log.write_head(transaction, h, head, self._clock_ms())
             transaction.delete("dirty", h)
 
@@ -709,3 +771,8 @@ class Flusher:
     def _users_key(self, h: bytes, head: Head) -> bytes:
         bucket = self._bucket
         return user_key(bucket.tenant_hash(head.tenant), bucket.user_hash(head.tenant, head.user), head.created_ms, h)
+
+
+def is_pending_deletion(head: Head) -> bool:
+    """Whether a deletion was asked for here whose tombstone is not known to stand."""
+    return head.phase == PHASE_RELEASED and head.lifecycle == LIFECYCLE_DELETED and not head.tombstoned

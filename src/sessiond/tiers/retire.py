@@ -7,19 +7,15 @@ index stands before the manifest that needs it. It never lists the bucket: only 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from sessiond.core import envelope
-from sessiond.core.expiry import day_of, expired_lifecycle, lifecycle_at
+from sessiond.core.expiry import day_of
 from sessiond.core.manifest import EPOCH_ROWS_MAX, LIFECYCLE_ACTIVE, LIFECYCLE_DELETED, Manifest
-from sessiond.errors import Conflict
 from sessiond.tiers.cloud.bucket import Bucket, refusal
 from sessiond.tiers.cloud.store import ObjectStore, StoreError
 from sessiond.tiers.hot.rows import DURABILITY_CLOUD, Head
-
-LIST_ROWS = 1000
 
 
 def tombstone(manifest: Manifest) -> Manifest:
@@ -55,31 +51,28 @@ def tombstone(manifest: Manifest) -> Manifest:
     )
 
 
-def remove_objects(store: ObjectStore, bucket: Bucket, h: bytes, was: Head | Manifest) -> int:
-    """Remove what a tombstone left behind: segments, orphans, the rows that name the session. How many objects.
+def remove_objects(store: ObjectStore, bucket: Bucket, h: bytes, was: Head | Manifest, objects_max: int) -> bool:
+    """Remove what a tombstone left behind: segments, orphans, the rows that name the session. Whether all of it.
 
-    It lists the session's own prefixes, so that objects go too that no manifest ever named. was: the session before
-    its tombstone. Raises as the store does; calling it again goes on.
+    It lists the session's own prefixes, so that objects go too that no manifest ever named; segments and orphans at
+    most objects_max, to go on another time. was: the session, before its tombstone or after. Raises as the store does.
     """
-    removed = 0
     created_ms = was.created_ms if isinstance(was, Head) else int(was.birth.get("created_ms", 0))
+    left = objects_max
     try:
         for prefix in (f"s/{h.hex()}/", f"o/{h.hex()}/"):
-            start_after = ""
-            while True:
-                keys = [row.key for row in store.list(prefix, start_after, LIST_ROWS)]
-                for key in keys:
-                    store.delete(key)
-                removed += len(keys)
-                if len(keys) < LIST_ROWS:
-                    break
-                start_after = keys[-1]
+            keys = [row.key for row in store.list(prefix, limit=left + 1)]
+            for key in keys[:left]:
+                store.delete(key)
+            if len(keys) > left:
+                return False
+            left -= len(keys)
         store.delete(bucket.user_index_key(was.tenant, was.user, created_ms, h))
         if was.expires_ms:
             store.delete(bucket.expiry_key(was.tenant, day_of(was.expires_ms), h))
     except StoreError as error:
         raise refusal(error) from error
-    return removed
+    return True
 
 
 def put_expiry_row(store: ObjectStore, bucket: Bucket, manifest: Manifest) -> None:
@@ -105,40 +98,22 @@ def leaves_row(before: Manifest, after: Manifest) -> bool:
     return gone or day_of(before.expires_ms) != day_of(after.expires_ms)
 
 
-def retire(
-    manifest: Manifest,
-    incarnation: bytes,
-    loss: list[int] | None,
-    expiry_ms: int,
-    now_ms: int,
-    commit: Callable[[Manifest], str],
-) -> Manifest | None:
-    """End an expired session that nobody owns, by one conditional write; what was written, None if it is not expired.
+def ended(manifest: Manifest, incarnation: bytes, lifecycle: int, loss: list[int] | None, now_ms: int) -> Manifest:
+    """The manifest that ends a session which nobody owns: it takes the next epoch and gives it up at once.
 
-    loss: a row to add because its last owner was lost with its hot tier. commit: writes the manifest over the one that
-    was read, and raises Conflict if that one is not there any more.
+    lifecycle: archived or deleted. loss: a row to add because its last owner was lost with its hot tier.
     """
-    lifecycle = lifecycle_at(manifest.lifecycle, manifest.policy, manifest.expires_ms, expiry_ms)
-    if manifest.lifecycle != LIFECYCLE_ACTIVE or lifecycle == LIFECYCLE_ACTIVE:
-        return None
     epoch, mutation = manifest.epoch + 1, manifest.mutation + 1
-    epochs = [*manifest.epochs, [epoch, incarnation, manifest.head + 1, mutation]][-EPOCH_ROWS_MAX:]
     lossy = loss is not None and int(manifest.policy.get("min_durability", 0)) != DURABILITY_CLOUD
-    ended = replace(
+    end = replace(
         manifest,
         mutation=mutation,
         write_id=os.urandom(8),
         epoch=epoch,
-        epochs=epochs,
+        epochs=[*manifest.epochs, [epoch, incarnation, manifest.head + 1, mutation]][-EPOCH_ROWS_MAX:],
         owner=None,
         lifecycle=lifecycle,
         loss=[*manifest.loss, *([loss] if lossy and loss else [])],
         written_ms=now_ms,
     )
-    if expired_lifecycle(manifest.policy) == LIFECYCLE_DELETED:
-        ended = tombstone(ended)
-    try:
-        commit(ended)
-    except Conflict:
-        return None
-    return ended
+    return tombstone(end) if lifecycle == LIFECYCLE_DELETED else end

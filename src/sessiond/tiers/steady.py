@@ -46,3 +46,8 @@ class SteadyClock:
                 self._offset_ms, self._doubted_until_ms = wall_ms - boot_ms, 0
             steady_ms = self._offset_ms + boot_ms
         return min(wall_ms, steady_ms)
+
+    def latest_ms(self) -> int:
+        """The time that a life is counted from: not behind, where the wall clock was set back for a while."""
+        store_ms = self._store_ms()
+        return max(self._wall_ms(), self._offset_ms + self._boot_ms() if store_ms is None else store_ms)

@@ -7,22 +7,31 @@ with nothing to do asks nothing of the store. It never serves a call and never d
 from __future__ import annotations
 
 import heapq
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from sessiond.core.expiry import day_of, lifecycle_at
+from sessiond.core.expiry import day_of, expired_lifecycle, lifecycle_at
 from sessiond.core.manifest import LIFECYCLE_ACTIVE, LIFECYCLE_ARCHIVED, LIFECYCLE_DELETED, LOSS_HOT_TIER, Manifest
-from sessiond.errors import Corrupt, SessiondError, reason_of
+from sessiond.errors import Conflict, Corrupt, Exhausted, SessiondError, reason_of
 from sessiond.tiers.cloud.bucket import Bucket, refusal
 from sessiond.tiers.cloud.store import ObjectStore, StoreError
-from sessiond.tiers.flush import Flusher
+from sessiond.tiers.flush import REMOVED_MAX, Flusher
 from sessiond.tiers.hot import log
 from sessiond.tiers.hot.environment import Environment, Transaction
-from sessiond.tiers.hot.rows import PHASE_OWNED, PHASE_RELEASED, Head, decode_head, user_key
+from sessiond.tiers.hot.rows import (
+    PHASE_DOUBTED,
+    PHASE_OWNED,
+    PHASE_RELEASED,
+    PHASE_RELEASING,
+    Head,
+    decode_head,
+    user_key,
+)
 from sessiond.tiers.hydrate import Cold, Node, load, put_settled
-from sessiond.tiers.retire import remove_objects, retire
+from sessiond.tiers.retire import ended, remove_objects
 
 TICK_S: Final = 0.25
 # Head rows looked at in one tick: 200,000 sessions are gone through in 100 s, for 1 % of a core.
@@ -39,7 +48,11 @@ EVICT_PAUSE_TICKS: Final = 8
 # Rows of the expiry index that are handled in one tick.
 SWEEP_ROWS: Final = 16
 SWEEP_RETRY_TICKS: Final = 240
+# Rows in a row that can't be seen to, after which the store is left alone for a while.
+SWEEP_FAILURES_MAX: Final = 3
 LIST_ROWS: Final = 1000
+# A use that no session has had yet.
+NEVER_MS: Final = (1 << 63) - 1
 
 
 @dataclass(slots=True)
@@ -108,46 +121,56 @@ class Upkeep:
 
     def _loop(self) -> None:
         while not self._stop.wait(TICK_S):
-            try:
-                self.tick()
-            except Exception as error:  # whatever it is, the next tick comes
-                self.last_error = reason_of(error)
+            self.tick()
 
     def tick(self) -> None:
-        """One slice of each duty. Raises as the hot tier does."""
-        self._look_over()
-        self._evict()
-        self._end_past_days()
+        """One slice of each duty; what keeps one of them from being done keeps none of the others."""
+        for duty in (self._evict, self._look_over, self._end_past_days):
+            try:
+                duty()
+            except Exception as error:  # whatever it is, the next tick comes
+                self.last_error = reason_of(error)
 
     # Idle and expired sessions that this node owns ------------------------------------------------------------------
 
     def _look_over(self) -> None:
         steady_ms = self._steady_ms()
-        idle_before_ms = steady_ms - self._idle_release_ms if self._idle_release_ms else -1
         expired: list[bytes] = []
         copies: list[tuple[bytes, Head]] = []
-        idle: list[bytes] = []
+        idle: list[tuple[bytes, int]] = []
         for h, head in self._heads(SLICE_ROWS):
             if is_evictable(head) and head.lifecycle == LIFECYCLE_ACTIVE and 0 < head.expires_ms <= steady_ms:
                 copies.append((h, head))
+            if head.phase in (PHASE_RELEASING, PHASE_DOUBTED):
+                # A release whose outcome was not known, or rows that nobody asked for since the start: settled now.
+                if self._is_unused(h, head, PRESSED_IDLE_MS):
+                    idle.append((h, head.used_ms))
+                continue
             if head.phase != PHASE_OWNED:
                 continue
             over = lifecycle_at(head.lifecycle, head.policy, head.expires_ms, steady_ms)
             if head.lifecycle == LIFECYCLE_ACTIVE and over != LIFECYCLE_ACTIVE:
                 expired.append(h)
-            elif max(head.used_ms, self._resumed_ms(h)) < idle_before_ms and head.lifecycle != LIFECYCLE_DELETED:
-                idle.append(h)
+            elif self._idle_release_ms and self._is_unused(h, head, self._idle_release_ms):
+                idle.append((h, head.used_ms))
         for h in expired:
             self._end(h)
         if self._flusher.failing:
             return
-        for h in idle:
-            self._release(h, idle_before_ms)
+        for h, used_ms in idle:
+            self._release(h, used_ms)
         for h, head in copies[:SWEEP_ROWS]:
             # Released here, so that in most cases nobody else has it: no need to wait for the end of the day. If
             # somebody has, the copy is of no use; if not, it has ended.
-            self._end_unowned(self._bucket.expiry_key(head.tenant, day_of(head.expires_ms), h))
-            self._drop([h], evicts=False)
+            if self._end_unowned(self._bucket.expiry_key(head.tenant, day_of(head.expires_ms), h)):
+                self._drop([h], evicts=False)
+
+    def _is_unused(self, h: bytes, head: Head, for_ms: int) -> bool:
+        """Whether nobody appended to the session or read it for so long. A use ahead of the clock was by another clock,
+        and counts as long ago: a release too many costs a request, one that never comes costs the map.
+        """
+        now_ms, used_ms = self._clock_ms(), max(head.used_ms, self._resumed_ms(h))
+        return not now_ms - for_ms <= used_ms <= now_ms + for_ms
 
     def _heads(self, rows: int) -> list[tuple[bytes, Head]]:
         """The next head rows, from where the last slice ended; begins anew at the end."""
@@ -185,7 +208,7 @@ class Upkeep:
         over = self._hot.run_blocking(operation)
         if over == LIFECYCLE_ARCHIVED:
             self.done.archived += 1
-            self._release(h, self._clock_ms())
+            self._release(h, NEVER_MS)
         elif over == LIFECYCLE_DELETED:
             self.done.deleted += 1
 
@@ -214,21 +237,28 @@ class Upkeep:
         if used * 100 <= size * self._evict_at:
             return
         released, owned = self._least_used()
-        for start in range(0, len(released), EVICT_BATCH):
-            self._drop(released[start : start + EVICT_BATCH])
+        batch = EVICT_BATCH
+        while released:
+            try:
+                self._drop(released[:batch])
+            except Exhausted:
+                # A full map has few pages for what makes room in it: less at a time.
+                if batch == 1:
+                    raise
+                batch = max(1, batch // 4)
+                continue
+            del released[:batch]
             used, size = self._hot.used_bytes()
             if used * 100 <= size * (self._evict_at - EVICT_PERCENT):
                 return
-        pressed_ms = self._steady_ms() - PRESSED_IDLE_MS
         if not self._flusher.failing:
-            for h in owned:
-                self._release(h, pressed_ms)
+            for h, used_ms in owned:
+                self._release(h, used_ms)
         self._evict_pause = EVICT_PAUSE_TICKS
 
-    def _least_used(self) -> tuple[list[bytes], list[bytes]]:
-        """(released sessions, idle sessions that could be released), those first that were used least recently."""
-        place, released, owned = b"", list[tuple[int, bytes]](), list[tuple[int, bytes]]()
-        pressed_ms = self._steady_ms() - PRESSED_IDLE_MS
+    def _least_used(self) -> tuple[list[bytes], list[tuple[bytes, int]]]:
+        """(released sessions, idle ones that could be released with when they were used), the longest unused first."""
+        place, released, owned = b"", list[tuple[int, bytes]](), list[tuple[int, bytes, int]]()
         while True:
             rows = 0
             with self._hot.read() as transaction:
@@ -245,12 +275,12 @@ class Upkeep:
                     used_ms = max(head.used_ms, self._resumed_ms(key))
                     if is_evictable(head):
                         released.append((used_ms, key))
-                    elif head.phase == PHASE_OWNED and used_ms < pressed_ms:
-                        owned.append((used_ms, key))
+                    elif head.phase == PHASE_OWNED and self._is_unused(key, head, PRESSED_IDLE_MS):
+                        owned.append((used_ms, key, head.used_ms))
             released = heapq.nsmallest(4 * EVICT_BATCH, released)
             owned = heapq.nsmallest(RELEASES_MAX, owned)
             if not following:
-                return [h for _, h in released], [h for _, h in owned]
+                return [h for _, h in released], [(h, used_ms) for _, h, used_ms in owned]
             place = following
 
     def _drop(self, hashes: list[bytes], evicts: bool = True) -> None:
@@ -291,7 +321,11 @@ class Upkeep:
             self._sweep, self._sweep_pause = None, SWEEP_RETRY_TICKS
 
     def _sweeping(self, today: int) -> Iterator[None]:
-        """Handle the rows of the days before `today`, one at a time. Raises as the store does."""
+        """Handle the rows of the days before `today`, one at a time. Raises as the store does, at the end if only for
+        some of them: they are tried again another time.
+        """
+        failed: SessiondError | None = None
+        in_a_row = 0
         for tenant in self._tenants():
             prefix, start_after = f"x/{self._bucket.tenant_hash(tenant).hex()}/", ""
             while True:
@@ -300,61 +334,86 @@ class Upkeep:
                 except StoreError as error:
                     raise refusal(error) from error
                 # In the order of days: the first that is not over ends it.
-                past = [key for key in keys if int(key.split("/")[2], 16) < today]
+                past = [key for key in keys if _day(key) < today]
                 for key in past:
-                    self._end_unowned(key)
+                    try:
+                        self._end_unowned(key)
+                        in_a_row = 0
+                    except SessiondError as error:
+                        failed, in_a_row = error, in_a_row + 1
+                        if in_a_row >= SWEEP_FAILURES_MAX:
+                            raise
                     yield
                 if len(past) < len(keys) or len(keys) < LIST_ROWS:
                     break
                 start_after = keys[-1]
+        if failed is not None:
+            raise failed
 
-    def _end_unowned(self, key: str) -> None:
+    def _end_unowned(self, key: str) -> bool:
+        """See to one row of the expiry index; whether the cloud tier said how things stand, so that a copy of the
+        session here is of no more use. Raises as the store does.
+        """
         _, _, day, name = key.split("/")
         h = bytes.fromhex(name)
         with self._hot.read() as transaction:
             head = log.read_head(transaction, h)
         if head is not None and head.phase != PHASE_RELEASED:
-            return  # it is looked over with the others of this node
+            return False  # it is looked over with the others of this node
         try:
             cold = load(self._store, h)
         except Corrupt as error:
             self.last_error = error.reason
-            return  # what can't be read ends nothing
-        if cold is not None and self._is_due(cold.manifest, int(day, 16)) and not self._retire(cold, head):
-            return
+            return False  # what can't be read ends nothing
+        if cold is not None and cold.manifest.lifecycle == LIFECYCLE_DELETED:
+            # Ended, and then cut short: by this row the rest of it is found.
+            if not remove_objects(self._store, self._bucket, h, cold.manifest, REMOVED_MAX):
+                return False
+        elif cold is not None and self._is_due(cold.manifest, int(day, 16)) and not self._retire(cold, head):
+            return True  # its owner sees to it, and to the row
         try:
             self._store.delete(key)
         except StoreError as error:
             raise refusal(error) from error
+        return True
 
     def _is_due(self, manifest: Manifest, day: int) -> bool:
         """Whether the row of this day is the session's own; if not, the day has changed since or it has ended."""
         return manifest.lifecycle == LIFECYCLE_ACTIVE and day_of(manifest.expires_ms) == day
 
     def _retire(self, cold: Cold, head: Head | None) -> bool:
-        """End a session that no living node owns; whether its row has done its duty."""
+        """End a session that no living node owns; whether its row has done its duty. Raises as the store does."""
         manifest, loss = cold.manifest, None
-        if manifest.owner is not None:
-            if manifest.owner[1] != self._node.name:
-                return False  # its owner ends it
-            loss = [manifest.epoch, manifest.head, LOSS_HOT_TIER, 0]
-
-        def commit(ended: Manifest) -> str:
-            return put_settled(self._store, ended.h, ended, cold.etag, self._wait)
-
-        ended = retire(manifest, self._node.incarnation, loss, self._steady_ms(), self._clock_ms(), commit)
-        if ended is None:
+        if lifecycle_at(LIFECYCLE_ACTIVE, manifest.policy, manifest.expires_ms, self._steady_ms()) == LIFECYCLE_ACTIVE:
             return False
-        if ended.lifecycle == LIFECYCLE_ARCHIVED:
+        if manifest.owner is not None:
+            if manifest.owner[1] != self._node.name or manifest.owner[0] == self._node.incarnation:
+                return False  # its owner ends it, this node's own claims included
+            loss = [manifest.epoch, manifest.head, LOSS_HOT_TIER, 0]
+        end = ended(manifest, self._node.incarnation, expired_lifecycle(manifest.policy), loss, self._clock_ms())
+        try:
+            put_settled(self._store, end.h, end, cold.etag, self._wait)
+        except Conflict:
+            return False  # somebody came first; what became of it another look will tell
+        if end.lifecycle == LIFECYCLE_ARCHIVED:
             self.done.archived += 1
             return True
         self.done.deleted += 1
         if head is not None:
             # The flusher removes what this node holds, and the objects with it.
-            self._hot.run_blocking(lambda transaction: _note_deleted(transaction, ended.h, self._clock_ms()))
-        else:
-            remove_objects(self._store, self._bucket, ended.h, manifest)
-        return True
+            self._hot.run_blocking(lambda transaction: _note_deleted(transaction, end.h, self._clock_ms()))
+            return True
+        return remove_objects(self._store, self._bucket, end.h, manifest, REMOVED_MAX)
+
+
+def _day(key: str) -> int:
+    """The day of a row of the expiry index; one that never comes for a key that is none of ours."""
+    parts = key.split("/")
+    try:
+        bytes.fromhex(parts[3])
+        return int(parts[2], 16) if len(parts) == 4 else sys.maxsize
+    except (IndexError, ValueError):
+        return sys.maxsize
 
 
 def is_evictable(head: Head) -> bool:

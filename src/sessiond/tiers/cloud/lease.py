@@ -16,11 +16,14 @@ from typing import Any
 
 from sessiond.core import envelope
 from sessiond.errors import Corrupt, Unavailable
-from sessiond.tiers.cloud.bucket import lease_key, refusal, start_refusal
+from sessiond.tiers.cloud.bucket import lease_key, start_refusal
 from sessiond.tiers.cloud.store import Ambiguous, ObjectNotFound, ObjectStore, PreconditionLost, StoreError
 
 # DESIGN.md, "Steal": the lease object must have stood still for this many lease times.
 STANDSTILL_LEASES = 3
+LEASES_READ_MAX = 100
+# So many attempts to take a name may end without a known outcome.
+ACQUIRE_ATTEMPTS_MAX = 20
 
 
 def boot_clock_ms() -> int:
@@ -70,6 +73,19 @@ def is_alive(holder: dict[str, Any]) -> bool | None:
     return None
 
 
+def last_seen_ms(store: ObjectStore) -> int:
+    """When any node of the bucket was last seen alive, by their clocks; 0 if none was. Raises as the store does."""
+    seen = 0
+    try:
+        for row in list(store.list(lease_key(""), limit=LEASES_READ_MAX)):
+            with contextlib.suppress(ObjectNotFound, Corrupt):
+                holder, _ = envelope.unseal(store.get(row.key).body, envelope.KIND_LEASE, row.key)
+                seen = max(seen, int(holder.get("seen_ms", 0)))
+    except StoreError as error:
+        raise start_refusal(error) from error
+    return seen
+
+
 class Lease:
     """The lease of one node. `acquire` once, then `start`; `is_valid` from any thread."""
 
@@ -104,20 +120,24 @@ class Lease:
             "address": address,
             "lease_ms": lease_ms,
             "released": False,
+            # Tells a write of this very lease from any other, of the same process as well.
+            "start_id": os.urandom(16),
             **process_identity(),
         }
         self.lost = False
         # What time it is, for a successor whose clock says something else; 0 until somebody knows.
         self.seen_ms: Callable[[], int] = lambda: 0
 
-    def acquire(self) -> dict[str, Any] | None:
+    def acquire(self, before: Callable[[dict[str, Any] | None], None] = lambda holder: None) -> None:
         """Take the node's name. A predecessor that is provably gone, or stood still long enough, is fenced by it.
 
-        Returns what the holder before had written, None if there was none.
-        Raises Unavailable NODE_NAME_IN_USE, Corrupt CORRUPT_MANIFEST or NEWER_FORMAT, and as the store does.
+        before: called ahead of each attempt to write, with what the holder before had written, None if there was none.
+        What it does must be on disk when it returns: once the name is ours nobody sees that holder again.
+        Raises Unavailable NODE_NAME_IN_USE or COMMIT_UNKNOWN, Corrupt CORRUPT_MANIFEST or NEWER_FORMAT, and as the
+        store does.
         """
         stood_still_since: tuple[str, int] | None = None
-        changes = 0
+        changes = unclear = 0
         while True:
             sent_ms = self._clock_ms()
             try:
@@ -128,31 +148,42 @@ class Lease:
                 raise start_refusal(error) from error
             try:
                 if found is None:
-                    self._write(sent_ms, if_absent=True)
-                    return None
+                    before(None)
+                    self._write(self._clock_ms(), if_absent=True)
+                    return
                 holder = self._holder(found.body)
-                alive = False if holder.get("released") else is_alive(holder)
-                mine = holder.get("pid") == os.getpid() and holder.get("start_ticks") == self._fields["start_ticks"]
-                if alive and not mine:
-                    raise self._in_use(holder)
-                if alive is None:
-                    wait_ms = STANDSTILL_LEASES * int(holder.get("lease_ms", self._lease_ms))
-                    if stood_still_since is None or stood_still_since[0] != found.etag:
-                        stood_still_since = (found.etag, sent_ms)
-                        changes += 1
-                        if changes > STANDSTILL_LEASES:
-                            raise self._in_use(holder)
-                    if sent_ms - stood_still_since[1] < wait_ms:
-                        self._wait(min(wait_ms, self._lease_ms) / 4000)
-                        continue
-                self._renewals = int(holder.get("renewals", 0))
-                self.seen_ms = partial(int, holder.get("seen_ms", 0))
-                self._write(sent_ms, if_match=found.etag)
-                return dict(holder)
-            except (PreconditionLost, Ambiguous):
+                # An attempt of this very start may have landed without an answer: it is no holder before.
+                if not self._is_this(holder):
+                    alive = False if holder.get("released") else is_alive(holder)
+                    mine = holder.get("pid") == os.getpid() and holder.get("start_ticks") == self._fields["start_ticks"]
+                    if alive and not mine:
+                        raise self._in_use(holder)
+                    if alive is None:
+                        wait_ms = STANDSTILL_LEASES * int(holder.get("lease_ms", self._lease_ms))
+                        if stood_still_since is None or stood_still_since[0] != found.etag:
+                            stood_still_since = (found.etag, sent_ms)
+                            changes += 1
+                            if changes > STANDSTILL_LEASES:
+                                raise self._in_use(holder)
+                        if sent_ms - stood_still_since[1] < wait_ms:
+                            self._wait(min(wait_ms, self._lease_ms) / 4000)
+                            continue
+                    self._renewals = int(holder.get("renewals", 0))
+                    self.seen_ms = partial(int, holder.get("seen_ms", 0))
+                    before(holder)
+                self._write(self._clock_ms(), if_match=found.etag)
+                return
+            except (PreconditionLost, Ambiguous) as error:
+                unclear += 1
+                if unclear == ACQUIRE_ATTEMPTS_MAX:
+                    raise start_refusal(error) from error
                 self._wait(0.05)  # read again and see who it was
             except StoreError as error:
                 raise start_refusal(error) from error
+
+    def _is_this(self, holder: dict[str, Any]) -> bool:
+        """Whether this very object wrote it."""
+        return bool(holder.get("start_id") == self._fields["start_id"])
 
     def _holder(self, body: bytes) -> dict[str, Any]:
         try:
@@ -179,12 +210,8 @@ class Lease:
         self._valid_until_ms = sent_ms + self._lease_ms
 
     def rename(self, incarnation: bytes) -> None:
-        """Hold the name for another incarnation of this process's hot tier. Raises as the store does."""
+        """Hold the name, from the next write on, for another incarnation of this process's hot tier."""
         self._fields["incarnation"] = incarnation
-        try:
-            self._write(self._clock_ms(), if_match=self._etag)
-        except StoreError as error:
-            raise refusal(error) from error
 
     def start(self) -> None:
         """Renew in the background, three times a lease."""
@@ -210,14 +237,15 @@ class Lease:
                 holder, _ = envelope.unseal(found.body, envelope.KIND_LEASE, self._key)
             except Exception:
                 return False
-            same = all(holder.get(key) == self._fields[key] for key in ("incarnation", "pid", "start_ticks", "boot_id"))
-            same = same and holder.get("renewals") == self._renewals
-            if same:  # an earlier renewal with an unknown outcome had landed
-                self._etag = found.etag
-                self._valid_until_ms = sent_ms + self._lease_ms
+            if not self._is_this(holder):
+                self.lost = True
+                return False
+            # An earlier renewal had landed without an answer: on from there.
+            try:
+                self._write(self._clock_ms(), if_match=found.etag)
                 return True
-            self.lost = True
-            return False
+            except StoreError:
+                return False
         except StoreError:
             return False
 

@@ -355,12 +355,14 @@ def append(
     state_etag: tuple[int, int] | None,
     now_ms: int,
     expiry_ms: Callable[[], int],
+    latest_ms: Callable[[], int],
     birth_metadata: Callable[[], dict[str, str]],
 ) -> Appended:
     """Append turns of one session, all or none, inside a write transaction.
 
     expected: (epoch or 0, seq) of the head that the caller believes in. state_etag: place of the last state turn.
-    now_ms: what turns are dated by. expiry_ms: the clock that expiry is judged by.
+    now_ms: what turns are dated by. expiry_ms: the clock that expiry is judged by. latest_ms: the one that a life is
+    counted from, never behind the other.
     Raises NotFound, Unavailable NOT_OWNER, Conflict (TURN_ID_REUSED, EXPECTED_MISMATCH, STATE_ETAG_MISMATCH), Invalid,
     Exhausted PINS_FULL, HistoryNeeded, Corrupt; nothing is written then.
     """
@@ -400,6 +402,8 @@ def append(
     sealed = _Sealed(transaction, h, head, places, now_ms, birth_metadata)
     for turn in fresh:
         sealed.add(turn)
+    if head.policy.get("expiry"):
+        sealed.latest_ms = latest_ms()
     sealed.write(hashes, fresh)
     queue = iter(sealed.placed)
     return Appended([item if item is not None else next(queue) for item in placed], head, head.state)
@@ -442,6 +446,7 @@ class _Sealed:
         self.frames: list[bytes] = []
         self.boundaries: list[tuple[int, bytes]] = []
         self.waiting: bool | None = None
+        self.latest_ms = 0
 
     def add(self, turn: PreparedTurn) -> None:
         """Seal one turn after the ones before it. Raises Invalid, Exhausted, HistoryNeeded."""
@@ -578,7 +583,7 @@ class _Sealed:
         head.head_seq += len(self.frames)
         head.state = self.state
         head.used_ms = self.time_ms
-        head.expires_ms = expires_ms(head.policy, head.created_ms, self.time_ms)
+        head.expires_ms = expires_ms(head.policy, head.created_ms, max(self.time_ms, self.latest_ms))
         head.saved = write_checkpoints(transaction, h, self.boundaries) or head.saved
         write_head(transaction, h, head, self.time_ms, self.waiting)
 
@@ -746,7 +751,7 @@ def drop_rows(transaction: Transaction, h: bytes) -> None:
 
 def mark_deleted(transaction: Transaction, h: bytes, head: Head, now_ms: int) -> None:
     """Note that a session is deleted in the cloud tier for good; the flusher removes what is left of it."""
-    head.lifecycle, head.phase, head.claim = LIFECYCLE_DELETED, PHASE_RELEASED, None
+    head.lifecycle, head.phase, head.claim, head.tombstoned = LIFECYCLE_DELETED, PHASE_RELEASED, None, True
     write_head(transaction, h, head, now_ms)
 
 

@@ -56,6 +56,8 @@ class Head(msgspec.Struct, array_like=True):
     used_ms: int = 0
     # The exchange, by its first turn, that got its answer last; a second answer to it is no news.
     answered_seq: int = 0
+    # The cloud tier is known to have this session's tombstone: only then may its objects go.
+    tombstoned: bool = False
     # Versions of the checkpoints that are stored, so that one that is hidden is missed; None in rows of older daemons.
     saved: list[int] | None = None
 
