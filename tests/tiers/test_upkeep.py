@@ -20,7 +20,7 @@ from sessiond.tiers import compact
 from sessiond.tiers.cloud.bucket import manifest_key
 from sessiond.tiers.cloud.store import StoreUnavailable
 from sessiond.tiers.hot import log
-from sessiond.tiers.hot.rows import PHASE_OWNED, PHASE_RELEASED, Head
+from sessiond.tiers.hot.rows import PHASE_OWNED, PHASE_RELEASED, PHASE_RELEASING, Head
 from sessiond.tiers.hydrate import Segments, load
 from sessiond.tiers.pace import FAILURES_MIN
 from sessiond.tiers.steady import SteadyClock
@@ -676,3 +676,178 @@ def _dirty(transaction, h: bytes) -> None:
     assert head is not None
     head.changes += 1
     log.write_head(transaction, h, head, 1)
+
+
+# What is not known -------------------------------------------------------------------------------------------------
+
+
+def unheard_release(node: Node) -> None:
+    """A release that lands and whose answer is lost, after which the store can't be reached at all."""
+    node.store.on_put, node.store.on_get = lost_answers([True]), unreadable
+    with refused("COMMIT_UNKNOWN"):
+        node.live.flusher.flush(node.h(S), release=True)
+    assert node.manifest(S).owner is None
+    node.store.on_put = unsent
+
+
+def test_a_release_that_may_have_landed_is_not_taken_back_by_a_later_failure(node: Node) -> None:
+    talk(node)
+    node.flush_dirty()
+    unheard_release(node)
+    for _ in range(2):
+        with refused("STORE_UNAVAILABLE"):
+            node.append(S, user("t3"))
+    assert node.head(S).phase == PHASE_RELEASING
+    node.store.heal()
+    node.append(S, user("t3"), assistant("t4"))
+    assert len(node.resume(S).turns) == 4
+    assert not node.resume(S).receipt.missing
+
+
+def test_a_release_nobody_heard_of_is_settled_without_being_asked_for(node: Node) -> None:
+    talk(node)
+    node.flush_dirty()
+    unheard_release(node)
+    node.store.heal()
+    node.world.clock.now_ms += HOUR_MS
+    node.tick()
+    assert node.head(S).phase == PHASE_RELEASED
+
+
+def test_no_object_goes_before_the_tombstone_stands(node: Node) -> None:
+    node.create(S)
+    node.append(S, user("big", "x" * 90_000), assistant("b2"))
+    node.flush_dirty()
+    unheard_release(node)
+    # A deletion that the rows ask for while the manifest is active and released.
+    node.live.hot.run_blocking(lambda transaction: _ask_deletion(transaction, node.h(S)))
+    node.store.heal()
+
+    def no_manifest(key: str, land: Land) -> str:
+        if is_manifest(key):
+            raise StoreUnavailable(key, "down")
+        return land()
+
+    node.store.on_put = no_manifest
+    with refused("STORE_UNAVAILABLE"):
+        node.live.flusher.flush(node.h(S))
+    assert node.manifest(S).lifecycle == LIFECYCLE_ACTIVE
+    assert node.keys("s/", S)
+    node.store.heal()
+    node.live.flusher.flush(node.h(S))
+    assert node.manifest(S).lifecycle == LIFECYCLE_DELETED
+    assert node.keys("", S) == [manifest_key(node.h(S))]
+
+
+def _ask_deletion(transaction, h: bytes) -> None:
+    head = log.read_head(transaction, h)
+    assert head is not None
+    head.lifecycle, head.phase = LIFECYCLE_DELETED, PHASE_RELEASED
+    log.write_head(transaction, h, head, 1)
+
+
+def test_a_deletion_that_another_node_fenced_is_not_said_to_be_done(world: World) -> None:
+    first, second = Node(world, "first", "n1"), Node(world, "second", "n2")
+    talk(first)
+    first.flush_dirty()
+    assert second.live.take_over()
+    with refused("DELETE_NOT_COMMITTED"):
+        first.delete(S)
+    with refused("NOT_OWNER"):
+        first.delete(S)
+    second.append(S, user("t3"))
+    assert second.manifest(S).lifecycle == LIFECYCLE_ACTIVE
+
+
+def test_a_tombstone_whose_objects_are_still_there_is_finished_by_its_row_in_the_index(world: World) -> None:
+    first = Node(world, "first", "n1")
+    first.create(S, ttl_ms=HOUR_MS, action=turn_pb2.EXPIRY_ACTION_DELETE)
+    first.append(S, user("big", "x" * 90_000), assistant("b2"))
+    first.live.flusher.request(first.h(S), release=True).result(timeout=20)
+    world.clock.now_ms += 2 * DAY_MS
+    second = Node(world, "second", "n2")
+
+    def down(key: str) -> None:
+        raise StoreUnavailable(key, "down")
+
+    world.store.on_delete = down
+    second.tick()
+    assert second.manifest(S).lifecycle == LIFECYCLE_DELETED
+    assert second.keys("s/", S)
+    world.store.heal()
+    second.upkeep._sweep_pause = 0
+    second.tick()
+    assert second.keys("", S) == [manifest_key(second.h(S))]
+
+
+def test_one_row_that_cannot_be_seen_to_holds_up_no_other_and_no_eviction(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = Node(world, "first", "n1")
+    names = [f"s{number}" for number in range(4)]
+    for name in names:
+        talk(first, name, ttl_ms=HOUR_MS)
+        first.live.flusher.request(first.h(name), release=True).result(timeout=20)
+    keys = sorted(manifest_key(first.h(name)) for name in names)
+    world.clock.now_ms += 2 * DAY_MS
+
+    def bad(key: str) -> None:
+        if key == keys[0]:
+            raise StoreUnavailable(key, "403 for this key only")
+
+    world.store.on_get = bad
+    second = Node(world, "second", "n2")
+    second.tick()
+    assert second.upkeep.done.archived == 3
+    monkeypatch.setattr(first.live.hot, "used_bytes", lambda: (900, 1000))
+    first.tick()
+    assert all(first.head(name) is None for name in names)
+
+
+def test_a_manifest_that_cannot_be_read_costs_no_sound_copy_of_the_session(node: Node) -> None:
+    talk(node, ttl_ms=HOUR_MS, action=turn_pb2.EXPIRY_ACTION_DELETE)
+    node.live.flusher.request(node.h(S), release=True).result(timeout=20)
+    key = manifest_key(node.h(S))
+    body = node.store.folder.get(key).body
+    node.store.folder.put(key, body[:-7] + b"damaged")
+    node.world.clock.now_ms += 2 * HOUR_MS
+    node.tick()
+    assert node.head(S) is not None
+    assert node.upkeep.last_error == "CORRUPT_MANIFEST"
+
+
+def test_a_clock_that_was_behind_takes_no_life_away() -> None:
+    wall, boot = [START_MS], [1000]
+    steady = SteadyClock(lambda: wall[0], lambda: boot[0], lambda: None)
+    wall[0] -= 30 * DAY_MS
+    assert steady() == START_MS - 30 * DAY_MS
+    # What is made now counts its days from the real now, so that the correction ends nothing.
+    assert steady.latest_ms() == START_MS
+
+
+def test_a_session_used_under_another_clock_is_released_all_the_same(node: Node) -> None:
+    talk(node)
+    node.flush_dirty()
+    node.world.clock.now_ms -= 30 * DAY_MS
+    node.tick()
+    assert node.head(S).phase == PHASE_RELEASED
+
+
+def test_segments_that_no_manifest_came_to_name_are_named_by_the_next(node: Node) -> None:
+    node.create(S)
+
+    def no_manifest(key: str, land: Land) -> str:
+        if is_manifest(key):
+            raise StoreUnavailable(key, "down")
+        return land()
+
+    node.store.on_put = no_manifest
+    for number in range(6):
+        node.append(S, user(f"q{number}", "x" * 70_000), assistant(f"a{number}"))
+        with refused("STORE_UNAVAILABLE"):
+            node.live.flusher.flush(node.h(S))
+    node.store.heal()
+    node.live.flusher.flush(node.h(S))
+    manifest = node.manifest(S)
+    assert sorted(compact.row_key(manifest, row) for row in manifest.segments) == sorted(node.keys("s/", S))
+    assert [seq for seq, _ in whole_log(node)] == list(range(1, manifest.head + 1))

@@ -168,6 +168,7 @@ class Flusher:
         self._seen: dict[bytes, tuple[int, int]] = {}
         self._allowance: dict[bytes, tuple[float, int]] = {}
         self._deleted_names: set[str] = set()
+        self._sealed: dict[bytes, list[list[Any]]] = {}
         self._wake = threading.Event()
         self._stopping = False
         self._thread: threading.Thread | None = None
@@ -462,7 +463,9 @@ class Flusher:
         self._hot.run_blocking(operation)
 
     def _flush(self, h: bytes, release: bool, urgent: bool) -> Flushed:
-        sealed: list[list[Any]] = []
+        # Segments of an earlier flush whose manifest did not come to stand are there: sealing again what is longer by
+        # now would leave one behind with each failure.
+        sealed = self._sealed.get(h, [])
         while True:
             # A session that is written to without a pause would be sealed for ever: after some rounds what came in
             # meanwhile travels inline, though it is more than a tail should be.
@@ -473,6 +476,9 @@ class Flusher:
             if not cut.tail:
                 break
             sealed.append(self._put_segment(cut))
+            if len(self._sealed) >= REMEMBERED_MAX:
+                self._sealed.clear()
+            self._sealed[h] = sealed
         self._merge(cut.manifest, urgent)
         if len(cut.manifest.segments) > SEGMENT_ROWS_MAX:
             self._spill(cut.manifest)
@@ -485,6 +491,7 @@ class Flusher:
             etag = put_settled(self._store, h, cut.manifest, cut.head.etag, self._wait)
         except Conflict as lost:
             return self._catch_up(h, cut, lost, release)
+        self._sealed.pop(h, None)
         self._note_commit(h)
         self._settle(h, cut.manifest, etag, cut.head.changes, release)
         if leaves_row(cut.base, cut.manifest):
@@ -562,6 +569,8 @@ class Flusher:
                 stone.epochs = [*base.epochs[:-1], [*base.epochs[-1][:3], stone.mutation]]
                 stone.written_ms = self._clock_ms()
                 return _Cut(head, base, stone, b"", head.head_seq)
+            if sealed and (sealed[0][0] != head.epoch or sealed[0][1] != base.sealed_seq + 1):
+                sealed.clear()  # of an epoch that is over, or in the manifest by now
             segments = [*base.segments, *sealed]
             first_unsealed = (segments[-1][2] if segments else base.sealed_seq) + 1
             tail, tail_last = b"", first_unsealed - 1
