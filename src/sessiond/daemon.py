@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import gc
+import os
 import signal
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import structlog
 
 from sessiond import __version__, core, telemetry
 from sessiond.config import Settings
-from sessiond.errors import SessiondError, Unavailable
+from sessiond.errors import Denied, SessiondError, Unavailable
 from sessiond.service.node import CallCounts, Node
 from sessiond.service.sessions import Parts, Sessions
 from sessiond.tiers.cloud.bucket import open_bucket
@@ -47,6 +50,9 @@ STOP_GRACE_S = 2.0
 # At the start of a node that has served before, while its bucket does not answer: how often it is asked and told.
 AWAITED = frozenset(("STORE_UNAVAILABLE", "COMMIT_UNKNOWN"))
 STORE_AWAITED_S = 1.0
+WATCH_S = 1.0
+# A disk counts as full for so long after it refused a turn.
+DISK_FULL_S = 5.0
 STORE_TOLD_EVERY = 30
 WARM_AFTER_S = 3.0
 DOUBTED_PER_COMMIT = 1000
@@ -63,6 +69,9 @@ class Daemon:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._failed: SessiondError | None = None
+        self._calls = CallCounts()
+        self._conditions: dict[str, Callable[[], bool]] = {}
+        self._details: Callable[[], dict[str, Any]] = dict
         self.port = 0
         self.served = False
 
@@ -72,7 +81,14 @@ class Daemon:
         Raises SessiondError if it can't start, and if the hot tier failed; whatever was opened is closed then.
         """
         with contextlib.ExitStack() as opened:
-            server, node, lease = await self._start(opened)
+            server = Server(
+                boot_clock_ms, self._calls, self._settings.request_bytes_max, self._settings.concurrent_calls_max
+            )
+            try:
+                node, lease = await self._start(server, opened)
+            except BaseException:
+                await server.stop(0)
+                raise
             await self._serve(server)
             if self._failed is not None:
                 # Nothing is flushed or released: what could be read now may not be what is on the disk.
@@ -85,11 +101,9 @@ class Daemon:
         log.info(telemetry.STOPPED, clean=clean)
         return clean
 
-    async def _start(self, opened: contextlib.ExitStack) -> tuple[Server, Node, Lease]:
+    async def _start(self, server: Server, opened: contextlib.ExitStack) -> tuple[Node, Lease]:
         settings = self._settings
         log.info(telemetry.STARTING, version=__version__, node=settings.node, compiled_core=core.COMPILED)
-        calls = CallCounts()
-        server = Server(boot_clock_ms, calls, settings.request_bytes_max, settings.concurrent_calls_max)
         self.port = server.bind(settings.listen)
         tokenizer = Tokenizer()
         tokenizer.verify_vocabularies()
@@ -102,6 +116,7 @@ class Daemon:
         bucket = await reach(partial(open_bucket, store, bytes.fromhex(settings.hash_key), now_ms()))
         await reach(partial(ensure_fit, store))
         refuse_network(str(settings.hot_dir), "data_dir")
+        opened.callback(os.close, hold_data_dir(settings))
         hot = Environment(settings.hot_dir, settings.map_size_bytes, settings.readers_max, settings.commit_group_max)
         opened.callback(hot.close)
         hot.bind_store(bucket.store_id)
@@ -189,8 +204,15 @@ class Daemon:
         )
         upkeep.start()
         opened.callback(upkeep.stop)
-        node = Node(parts, sessions, store, upkeep, __version__, settings.drain_grace_ms, calls)
+        node = Node(parts, sessions, store, upkeep, __version__, settings.drain_grace_ms, self._calls)
         server.serve(sessions, node)
+        self._conditions = {
+            telemetry.CLOUD_TIER_AWAY: lambda: not node.cloud_answers,
+            telemetry.LEASE_LAPSED: lambda: not lease.is_valid(),
+            telemetry.DISK_FULL: lambda: time.monotonic() - hot.disk_full_at_s < DISK_FULL_S,
+            telemetry.HOT_TIER_FULL: hot.is_full,
+        }
+        self._details = lambda: {"error": store.last_error or flusher.last_error}
         node.phase = admin_pb2.NODE_PHASE_SERVING
         await server.start()
         # Loading the vocabularies holds the interpreter for a quarter of a second that those who reconnect after a
@@ -203,7 +225,7 @@ class Daemon:
         gc.freeze()
         self.served = True
         log.info(telemetry.SERVING, listen=settings.listen, port=self.port, cloud=store.url, hot=str(hot.path))
-        return server, node, lease
+        return node, lease
 
     async def _reach(self, server: Server, settings: Settings, work: Callable[[], Result]) -> Result:
         """What asks the store for something at the start. A node that has served before waits for a bucket that does
@@ -218,6 +240,7 @@ class Daemon:
             except Unavailable as error:
                 if not has_served or error.reason not in AWAITED or server.shut_down.is_set():
                     raise
+                server.waits_for = f" and waits for the cloud tier: {error.message.rstrip('.')}"
                 if waits == 0:
                     await server.start()
                 if waits % STORE_TOLD_EVERY == 0:
@@ -227,7 +250,21 @@ class Daemon:
                 await asyncio.wait_for(server.shut_down.wait(), STORE_AWAITED_S)
 
     async def _serve(self, server: Server) -> None:
+        watch = asyncio.create_task(self._watch())
         await server.shut_down.wait()
+        watch.cancel()
+
+    async def _watch(self) -> None:
+        """Log what begins to be wrong and what is over, each once; callers are told with every reply."""
+        wrong: dict[str, int] = {}
+        while True:
+            for name, holds in self._conditions.items():
+                if holds() and name not in wrong:
+                    wrong[name] = boot_clock_ms()
+                    log.warning(name, **self._details())
+                elif name in wrong and not holds():
+                    log.info(name, over=True, lasted_ms=boot_clock_ms() - wrong.pop(name), **self._details())
+            await asyncio.sleep(WATCH_S)
 
     async def _drain(self, node: Node) -> bool:
         if node.phase == admin_pb2.NODE_PHASE_DRAINED:
@@ -245,6 +282,27 @@ class Daemon:
                     failures=dict(progress.failures),
                 )
         return clean
+
+
+def hold_data_dir(settings: Settings) -> int:
+    """Be the only daemon on the data directory; the descriptor that holds it, until it is closed or the process ends.
+
+    Raises Unavailable HOT_TIER_IN_USE, Denied UNWRITABLE_FOLDER.
+    """
+    path = Path(settings.data_dir).absolute() / "daemon.lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        what = f"The folder {path.parent} can't be written: {error}."
+        raise Denied("UNWRITABLE_FOLDER", what, {"path": str(path.parent)}, [("data_dir", str(error))]) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        what = f"Another daemon serves from {path.parent}."
+        raise Unavailable("HOT_TIER_IN_USE", what, {"path": str(path.parent)}, [("data_dir", "in use")]) from error
+    return descriptor
 
 
 def take_node(lease: Lease, hot: Environment, opened_at: int) -> None:

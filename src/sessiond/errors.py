@@ -156,7 +156,7 @@ REASONS: dict[str, Reason] = {
         Conflict, "ABORTED", "Read the session again and repeat the change on its new state."
     ),
     "SESSION_ARCHIVED": Reason(
-        Denied, "FAILED_PRECONDITION", "The session expired and is read-only; fork it or make a new one."
+        Denied, "FAILED_PRECONDITION", "The session expired and is read-only; go on in a new one."
     ),
     "NOT_OWNER": Reason(
         Unavailable, "UNAVAILABLE", "Send the call to the owning node, or wait until it releases the session.", 1000

@@ -175,7 +175,7 @@ def test_a_data_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("a file")
     cloud = f"file://{tmp_path / 'cloud'}"
     for data_dir in (tmp_path / "file" / "data", Path("/proc/sessiond-data")):
-        refused("UNWRITABLE_FOLDER", str(data_dir / "hot"), data_dir=data_dir, cloud=cloud)
+        refused("UNWRITABLE_FOLDER", str(data_dir), data_dir=data_dir, cloud=cloud)
     # Below a folder for the hot tier that is a file itself.
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "hot").write_text("a file")
@@ -462,4 +462,4 @@ def test_of_two_daemons_that_start_at_once_on_one_folder_one_serves(tmp_path: Pa
     for thread in threads:
         thread.join()
     assert served.is_set()
-    assert [failure.reason for failure in failures] == ["NODE_NAME_IN_USE"]
+    assert [failure.reason for failure in failures] == ["HOT_TIER_IN_USE"]

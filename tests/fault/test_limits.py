@@ -260,6 +260,59 @@ def test_a_restart_on_a_full_disk_says_so_and_starts_once_there_is_space(tmp_pat
         assert wire.append("a", user("3", "on")).turns[0].position.seq == len(acked) + 3
 
 
+def test_a_disk_smaller_than_the_map_makes_room_by_itself(tmp_path: Path, control: Control) -> None:
+    """The cloud tier is elsewhere; the map is hardly used, and the node's own released sessions fill the disk."""
+    sessions, text = 60, words(200_000)
+    (tmp_path / "cloud").mkdir()
+    with (
+        running_daemon(
+            tmp_path / "data",
+            f"file://{tmp_path / 'cloud'}",
+            env=control.env,
+            map_size_bytes=1024**3,
+            flush_interval_ms=20,
+            idle_release_ms=200,
+        ) as daemon,
+        contextlib.closing(Wire(daemon.address)) as wire,
+    ):
+        control.limit_disk(6 * 1024**2)
+        refusals = 0
+        reasons: set[str] = set()
+
+        def taken(session: str) -> bool:
+            nonlocal refusals
+            try:
+                wire.append(session, user("q", text), assistant("a", "hi"))
+            except grpc.RpcError as error:
+                reasons.add(Refusal(error).reason)
+                refusals += 1
+                return False
+            return True
+
+        for number in range(sessions):
+            until(lambda name=f"s{number}": wire.create(name) and taken(name), "there is room again")
+        status = wire.admin.GetStatus(admin_pb2.GetStatusRequest(), timeout=30)
+        assert refusals
+        assert reasons == {"DISK_FULL"}
+        assert status.upkeep.evicted_sessions > 0
+        assert status.hot.map_used_bytes < status.hot.map_size_bytes // 10
+        for number in range(sessions):
+            assert [turn.turn_id for turn in wire.resume(f"s{number}", BUDGET).turns] == ["q", "a"]
+        until(lambda: '"event": "disk_full"' in daemon.log(), "the log tells it")
+
+
+def test_a_second_daemon_on_the_same_folder_is_refused_whatever_it_is_called(tmp_path: Path) -> None:
+    with serving(tmp_path, None) as (daemon, wire):
+        wire.create("a")
+        with pytest.raises(StartFailed) as refused, running_daemon(daemon.data_dir, node_name="another"):
+            pass
+        assert (refused.value.reason, refused.value.exit_code) == ("HOT_TIER_IN_USE", exits.UNAVAILABLE)
+        assert wire.append("a", user("1", "hi")).head.seq == 1
+        daemon.kill()
+        daemon.start()
+        assert ids(wire, "a") == ["1"]
+
+
 # The disk fails --------------------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from sessiond.cli import connect, output
-from sessiond.errors import Invalid
+from sessiond.errors import Invalid, Unavailable
 from sessiond.v1 import turn_pb2
 
 POSITION = re.compile(r"([0-9]{1,10}):([0-9]{1,20})")
@@ -63,7 +63,15 @@ def command(
     with connect.client(server, timeout) as client:
         if create:
             client.create_session(session, user_id=user)
-        done = client.append(session, [turn], expected=position, durability=(durability or "").upper(), user_id=user)
+        try:
+            done = client.append(
+                session, [turn], expected=position, durability=(durability or "").upper(), user_id=user
+            )
+        except Unavailable as error:
+            # It may be on the node's disk: whoever says it again must be able to say that it is the same.
+            error.metadata["turn_id"] = turn.turn_id
+            error.remedy = f"{error.remedy} The same turn: --turn-id {turn.turn_id}"
+            raise
     if as_json:
         output.print_json(output.plain(done.proto))
         return

@@ -14,14 +14,13 @@ from sessiond.v1 import admin_pb2
 # Dollars for a thousand requests: S3 Standard in us-east-1, https://aws.amazon.com/s3/pricing/. Deletions are free.
 PUT_PRICE: Final = 0.005
 GET_PRICE: Final = 0.0004
+PRICE: Final = click.FloatRange(min=0)
 MONTH_MS: Final = 30 * 86_400_000
 
 
 @click.command()
-@click.option(
-    "--put-price", type=float, default=PUT_PRICE, show_default=True, metavar="N", help="Of 1,000 puts or lists."
-)
-@click.option("--get-price", type=float, default=GET_PRICE, show_default=True, metavar="N", help="Of 1,000 gets.")
+@click.option("--put-price", type=PRICE, default=PUT_PRICE, show_default=True, metavar="N", help="Of 1,000 puts.")
+@click.option("--get-price", type=PRICE, default=GET_PRICE, show_default=True, metavar="N", help="Of 1,000 gets.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @connect.options
 def command(put_price: float, get_price: float, as_json: bool, server: str | None, timeout: float) -> None:

@@ -41,6 +41,8 @@ RELEASES_MAX: Final = 8
 EVICT_BATCH: Final = 256
 # Eviction goes on until so much less of the map is in use than where it began.
 EVICT_PERCENT: Final = 5
+# On a full disk, so much of what is used.
+FULL_DISK_PERCENT: Final = 20
 # Under pressure a session is released after so little rest.
 PRESSED_IDLE_MS: Final = 10_000
 # Between two looks through all sessions for something to evict, if the first did not bring enough.
@@ -234,8 +236,13 @@ class Upkeep:
         if self._evict_pause > 0:
             self._evict_pause -= 1
             return
-        if used * 100 <= size * self._evict_at:
+        full_disk = self._hot.disk_full
+        if used * 100 <= size * self._evict_at and not full_disk:
             return
+        # A disk smaller than the map is full before the map is: then a share of what is used goes.
+        enough = size * (self._evict_at - EVICT_PERCENT) // 100
+        if full_disk:
+            enough = min(enough, used * (100 - FULL_DISK_PERCENT) // 100)
         released, owned = self._least_used()
         batch = EVICT_BATCH
         while released:
@@ -249,7 +256,8 @@ class Upkeep:
                 continue
             del released[:batch]
             used, size = self._hot.used_bytes()
-            if used * 100 <= size * (self._evict_at - EVICT_PERCENT):
+            if used <= enough:
+                self._hot.disk_full = False  # the next turn tells whether it is so
                 return
         if not self._flusher.failing:
             for h, used_ms in owned:

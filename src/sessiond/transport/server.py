@@ -64,6 +64,8 @@ class Server:
         self._node: Node | None = None
         self._watch: asyncio.Task[None] | None = None
         self._started = False
+        # What a node that starts says it waits for.
+        self.waits_for = ""
         self.shut_down = asyncio.Event()
         self._server = grpc.aio.server(
             options=[
@@ -194,7 +196,7 @@ class Server:
 
     def _not_served(self, name: str) -> SessiondError:
         if self._node is None:
-            return Unavailable("NODE_STARTING", "This node is starting.")
+            return Unavailable("NODE_STARTING", f"This node is starting{self.waits_for}.")
         return Unimplemented("NOT_SERVED_YET", f"{name} is part of the contract but not served by this release.")
 
     def _internal(self, name: str, error: Exception) -> SessiondError:
@@ -237,6 +239,8 @@ class Server:
         serving = self._node is not None and self._node.phase == admin_pb2.NODE_PHASE_SERVING
         up, down = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
         await self._health.set(LIVENESS, up)
+        if self._node is None:
+            await self._health.set(CLOUD_TIER, down)
         for name in ("", READINESS, *(service.full_name for service in SERVICES)):
             await self._health.set(name, up if serving else down)
 

@@ -35,9 +35,11 @@ from __future__ import annotations
 import asyncio
 import errno
 import fcntl
+import math
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -70,6 +72,8 @@ MEASURED_EVERY_SHARE: Final = 1 / 256
 RESERVE_STEP_BYTES: Final = 4 * 1024**2
 RESERVE_STEP_BYTES_MIN: Final = 64 * 1024
 RESERVE_KEPT_BYTES: Final = 1024**2
+# So many times what a group needs must be free inside the file to go on without space behind it.
+FREED_SHARE: Final = 4
 # Pages that one write changes besides what it adds: a path through each of the tables.
 WRITE_BYTES_MAX: Final = 32 * 1024
 
@@ -166,6 +170,9 @@ class Environment:
         except (OSError, lmdb.Error) as error:
             raise _open_error(path, error) from error
         self.commits = self.appends = self.group_size_max = 0
+        # The disk had no room for turns when they were written last; upkeep makes some.
+        self.disk_full = False
+        self.disk_full_at_s = -math.inf
         # Why nothing is read or written any more, once the disk has failed; on_failed is called once then.
         self.failed: SessiondError | None = None
         self.on_failed: Callable[[SessiondError], None] = lambda error: None
@@ -441,12 +448,24 @@ class Environment:
                     break
             else:
                 self._reserved_bytes = end
+                self.disk_full = False
                 return None
+        # What was freed inside the file is as good as space behind it; if readers still hold those pages, the write
+        # runs into the full disk, which costs it nothing but its turn (see _judge).
+        with self._env.begin() as raw:
+            self._used_bytes = self._measured(raw)
+        if self._top_bytes() - self._used_bytes >= RESERVE_KEPT_BYTES + FREED_SHARE * (needed - self._top_bytes()):
+            self.disk_full = False
+            return None
         # Length costs no space. A page that a transaction takes and drops again is never written, and counts all the
         # same: without this the file would look cut.
         if os.fstat(self._file).st_size < needed:
             os.ftruncate(self._file, needed)
-        return _disk_full(self.path) if self._reserved_bytes < needed else None
+        self.disk_full = self._reserved_bytes < needed
+        if not self.disk_full:
+            return None
+        self.disk_full_at_s = time.monotonic()
+        return _disk_full(self.path)
 
     def _measure(self, raw: Any, group: list[_Work]) -> None:
         """Measure the map's use, now and then: it is asked for before every append."""
