@@ -77,6 +77,8 @@ WAITING_REFILL_MS = 600_000
 # Objects that one flush of a deleted session removes: where somebody waits, and where nobody does.
 REMOVED_URGENT_MAX = 64
 REMOVED_MAX = 512
+# A flush that takes longer than this waits for a store that says nothing.
+SILENT_MS = 3000
 # Names of replaced objects that a manifest carries at most.
 REPLACED_MAX = 512
 # Sessions of which something is remembered between two flushes; beyond it everything is forgotten, at little cost.
@@ -161,6 +163,7 @@ class Flusher:
         self._urgent = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="flush-now")
         self._lock = threading.Lock()
         self._running: set[bytes] = set()
+        self._began: dict[bytes, int] = {}
         self._background = 0
         self._due: dict[bytes, None] = {}
         self._wanted: dict[bytes, list[_Wanted]] = {}
@@ -242,8 +245,10 @@ class Flusher:
         sessions, oldest_ms = self.dirty()
         boot_ms = boot_clock_ms()
         with self._lock:
-            in_flight = len(self._running)
+            in_flight, began = len(self._running), min(self._began.values(), default=boot_ms)
         failing_ms = boot_ms - self._pace.failing_since_ms if self._pace.failing else 0
+        if boot_ms - began > SILENT_MS:
+            failing_ms = max(failing_ms, boot_ms - began)  # a store that is silent shows before its first timeout
         width = self._pace.width(boot_ms)
         return Backlog(sessions, oldest_ms, in_flight, width, failing_ms, self.last_error, self.commits, self.merges)
 
@@ -337,6 +342,8 @@ class Flusher:
                 release = True
                 unused_since_ms = min(wanted.unused_since_ms or 0 for wanted in waiting if wanted.release)
             outcome: Flushed | BaseException
+            with self._lock:
+                self._began[h] = boot_clock_ms()
             try:
                 outcome = flushed = self.flush(h, release, unused_since_ms, urgent)
                 if flushed.wrote and flushed.complete:
@@ -353,6 +360,7 @@ class Flusher:
                 else:
                     wanted.future.set_result(outcome)
             with self._lock:
+                self._began.pop(h, None)
                 if h not in self._wanted:
                     self._running.discard(h)
                     return

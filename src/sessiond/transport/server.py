@@ -7,6 +7,7 @@ never blocks the loop on disk or network.
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Final
 
@@ -200,6 +201,11 @@ class Server:
         return Unimplemented("NOT_SERVED_YET", f"{name} is part of the contract but not served by this release.")
 
     def _internal(self, name: str, error: Exception) -> SessiondError:
+        """What to tell of an error that nobody foresaw; of a limit of the machine, what it is."""
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            return Exhausted("TOO_MANY_FILES", f"{name} needs a file and may open no more.")
+        if isinstance(error, MemoryError):
+            return Exhausted("OVERLOADED", f"{name} was given no memory.")
         log.error("call_failed", method=name, exc_info=error)
         return Corrupt("INTERNAL", f"{name} failed for an unforeseen reason: {type(error).__name__}.")
 
