@@ -58,6 +58,8 @@ from sessiond.tiers.hot.rows import (
 _U64_MAX: Final = (1 << 64) - 1
 _CHUNKS_KEPT: Final = TURN_IDS_MAX // IDS_PER_CHUNK + 1
 PINS_BUDGET_TOKENS: Final = 1000
+# Clocks that are read one after the other differ by less.
+CLOCK_STEP_MS: Final = 1000
 # Of a session's whole state, which is in its head row, in every checkpoint and in the manifest.
 METADATA_PAIRS_MAX: Final = 64
 METADATA_BYTES_MAX: Final = 16 * 1024
@@ -583,7 +585,9 @@ class _Sealed:
         head.head_seq += len(self.frames)
         head.state = self.state
         head.used_ms = self.time_ms
-        head.expires_ms = expires_ms(head.policy, head.created_ms, max(self.time_ms, self.latest_ms))
+        # A wall clock that was set back must not take from what the session has to live.
+        behind = self.latest_ms - self.time_ms >= CLOCK_STEP_MS
+        head.expires_ms = expires_ms(head.policy, head.created_ms, self.latest_ms if behind else self.time_ms)
         head.saved = write_checkpoints(transaction, h, self.boundaries) or head.saved
         write_head(transaction, h, head, self.time_ms, self.waiting)
 
