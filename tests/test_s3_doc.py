@@ -10,6 +10,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import jmespath
 import pytest
 from botocore.exceptions import ClientError
 from botocore.validate import ParamValidator
@@ -131,6 +132,21 @@ def test_the_lifecycle_rules_are_taken_and_never_expire_a_conversation(
             assert object_kind(rule["Filter"]["Prefix"].removeprefix(f"{PREFIX}/")) in ("lease", "probe")
         if "Transitions" in rule:
             assert object_kind(rule["Filter"]["And"]["Prefix"].removeprefix(f"{PREFIX}/")) == "segment"
+
+
+def test_the_purge_takes_every_version_but_the_newest() -> None:
+    [query] = re.findall(r"--query '([^']+)'", DOC)
+    row = {"Key": f"{PREFIX}/m/1", "Size": 3, "IsLatest": False}
+    older = [{**row, "VersionId": "1"}, {**row, "VersionId": "2"}]
+    marker = {"Key": f"{PREFIX}/s/1/2", "VersionId": "4", "IsLatest": False}
+    listing = {
+        "Versions": [{**row, "VersionId": "3", "IsLatest": True}, *older],
+        "DeleteMarkers": [marker, {**marker, "VersionId": "5", "IsLatest": True}],
+    }
+    hidden = [{"Key": each["Key"], "VersionId": each["VersionId"]} for each in (*older, marker)]
+    assert jmespath.search(query, listing) == {"Objects": hidden}
+    # Before anything was deleted the store lists no markers at all.
+    assert jmespath.search(query, {"Versions": listing["Versions"]}) == {"Objects": hidden[:2]}
 
 
 def test_every_kind_of_object_is_on_the_page() -> None:
