@@ -20,12 +20,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import unquote, urlsplit
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from sessiond import core
+from sessiond.client.failures import failure_of
 from sessiond.config import Settings
 from sessiond.core import envelope
 from sessiond.errors import (
@@ -39,7 +39,7 @@ from sessiond.errors import (
 )
 from sessiond.tiers.cloud.bucket import BUCKET_KEY, Bucket, lease_key, open_bucket, start_refusal
 from sessiond.tiers.cloud.lease import is_alive
-from sessiond.tiers.cloud.open import open_configured
+from sessiond.tiers.cloud.open import folder_of, open_configured
 from sessiond.tiers.cloud.probe import probe
 from sessiond.tiers.cloud.s3 import S3Store
 from sessiond.tiers.cloud.store import BucketMissing, ObjectNotFound, ObjectStore, StoreDenied, StoreError
@@ -68,6 +68,15 @@ DAEMON_WAIT_S: Final = 3.0
 CLOCK_APART_MS: Final = 30_000
 # What lies under these is the only copy of history.
 HISTORY: Final = ("m/", "s/", "o/")
+# Without these a session is not found again: by its name, by its user, or by the day on which it expires.
+NAMES: Final = (BUCKET_KEY, "u/", "x/")
+LEASES: Final = "n/"
+# A node that was away for less must still find its lease; docs/s3.md has a rule of 90 days.
+LEASE_DAYS_MIN: Final = 30
+CREDENTIALS: Final = (
+    "Give the daemon credentials: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, or a role of the machine."
+)
+ENDPOINT: Final = "Check --s3-endpoint, DNS and the firewall."
 PROBE_PREFIX: Final = "probe/doctor-"
 
 
@@ -256,12 +265,22 @@ def _file_descriptors(settings: Settings) -> Check:
 def _listen(settings: Settings) -> Check:
     """Whether the address is free, or taken by a daemon that serves this very data folder."""
     name = "listen address"
-    if _is_free(settings.listen):
+    trouble = _listen_trouble(settings.listen)
+    if trouble is None:
         return passed(name, f"{settings.listen} is free")
+    if trouble != errno.EADDRINUSE:
+        # What a start says of it has the same reason.
+        error = Unavailable("PORT_IN_USE", f"{settings.listen} can't be listened on: {_WHY_NOT.get(trouble, trouble)}.")
+        return failed(name, error, "Correct --listen: an address of this machine, or 0.0.0.0, and a port above 1023.")
     found = _daemon_at(settings.listen)
     if found is None:
         error = Unavailable("PORT_IN_USE", f"{settings.listen} is taken by something that is no sessiond.")
         return failed(name, error)
+    if isinstance(found, SessiondError):
+        if found.reason == "NODE_STARTING":
+            seen = f"this node's daemon is starting on {settings.listen} and waits for its cloud tier"
+            return warned(name, seen, "Mend what the checks of the cloud tier say; then it goes on by itself.")
+        return warned(name, f"a sessiond on {settings.listen} refuses its status: {found.message}", found.remedy)
     health, status = found
     if Path(status.hot.path) != settings.hot_dir:
         error = Unavailable(
@@ -277,30 +296,43 @@ def _listen(settings: Settings) -> Check:
     return passed(name, f"{seen} and is ready")
 
 
-def _is_free(listen: str) -> bool:
+_WHY_NOT: Final = {
+    errno.EADDRNOTAVAIL: "it is not an address of this machine",
+    errno.EACCES: "this user may not take that port",
+}
+
+
+def _listen_trouble(listen: str) -> int | None:
+    """The errno that keeps a daemon from listening there; None if nothing does."""
     if listen.startswith("unix:"):
         path = listen.removeprefix("unix:").removeprefix("//")
         with socket.socket(socket.AF_UNIX) as trial:
-            return trial.connect_ex(path) != 0
+            return errno.EADDRINUSE if trial.connect_ex(path) == 0 else None
     host, _, port = listen.rpartition(":")
     host = host.strip("[]")
     try:
         places = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError:
-        return False
+        return errno.EADDRNOTAVAIL
+    found = set()
     for family, kind, number, _, address in places:
-        with socket.socket(family, kind, number) as trial:
-            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
+        try:
+            with socket.socket(family, kind, number) as trial:
+                trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 trial.bind(address)
                 trial.listen(1)
-            except OSError:
-                return False
-    return True
+        except OSError as error:
+            found.add(error.errno or errno.EADDRNOTAVAIL)
+        else:
+            found.add(0)
+    if errno.EADDRINUSE in found:
+        return errno.EADDRINUSE
+    # One of a name's addresses is enough to be reached.
+    return None if 0 in found else min(found)
 
 
-def _daemon_at(listen: str) -> tuple[int, admin_pb2.GetStatusResponse] | None:
-    """(its readiness, its status) if a sessiond answers there."""
+def _daemon_at(listen: str) -> tuple[int, admin_pb2.GetStatusResponse] | SessiondError | None:
+    """(its readiness, its status) if a sessiond answers there, or how it refuses to tell; None if none answers."""
     host, _, port = listen.rpartition(":")
     address = f"localhost:{port}" if host in ("0.0.0.0", "[::]") else listen
     with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
@@ -308,11 +340,14 @@ def _daemon_at(listen: str) -> tuple[int, admin_pb2.GetStatusResponse] | None:
             health = health_pb2_grpc.HealthStub(channel).Check(
                 health_pb2.HealthCheckRequest(service="readiness"), timeout=DAEMON_WAIT_S
             )
+        except grpc.RpcError:
+            return None
+        try:
             status = admin_pb2_grpc.AdminServiceStub(channel).GetStatus(
                 admin_pb2.GetStatusRequest(), timeout=DAEMON_WAIT_S
             )
-        except grpc.RpcError:
-            return None
+        except grpc.RpcError as error:
+            return failure_of(error, listen).error
     return health.status, status
 
 
@@ -342,11 +377,8 @@ def _cloud_tier(settings: Settings) -> Iterator[Check]:
 
 def _missing_folder(url: str) -> Path | None:
     """The folder that the folder store would be made in; None if it is there or the store is none."""
-    parts = urlsplit(url)
-    if parts.scheme != "file" or not parts.path.startswith("/"):
-        return None
-    folder = Path(unquote(parts.path))
-    if folder.exists():
+    folder = folder_of(url)
+    if folder is None or folder.exists():
         return None
     return next(place for place in folder.parents if place.exists())
 
@@ -364,10 +396,16 @@ def _store(settings: Settings, store: ObjectStore, told: bool) -> Iterator[Check
     except ObjectNotFound:
         seen = f"{store.url} answers; the first start makes its {BUCKET_KEY}"
     except StoreDenied as error:
+        if _is_unasked(store):
+            yield failed(name, start_refusal(error), CREDENTIALS)
+            return
         # Whether it is the credentials or one permission shows below.
         seen = f"{store.url} answers and refuses a read: {error.detail}"
     except StoreError as error:
-        yield failed(name, _refusal(error))
+        remedy = ""
+        if _is_unasked(store):
+            remedy = CREDENTIALS if "Credential" in error.detail.partition(":")[0] else ENDPOINT
+        yield failed(name, _refusal(error), remedy)
         return
     if told:
         yield passed(name, seen)
@@ -379,6 +417,11 @@ def _store(settings: Settings, store: ObjectStore, told: bool) -> Iterator[Check
     yield _clock(store)
     if isinstance(store, S3Store):
         yield from _bucket_advice(store)
+
+
+def _is_unasked(store: ObjectStore) -> bool:
+    """Whether no reply ever came, so that the trouble lies on this side of the store or on the way to it."""
+    return isinstance(store, S3Store) and store.clock_ms() is None
 
 
 def _refusal(error: StoreError) -> SessiondError:
@@ -526,7 +569,7 @@ def _lease(settings: Settings, store: ObjectStore) -> Check:
     except ObjectNotFound:
         return passed(name, f"{settings.node!r} is new on this bucket")
     except Corrupt as error:
-        return failed(name, error, "Stop whatever serves under this name and run sessiond repair.")
+        return failed(name, error, "Stop the daemon of this name and run sessiond repair.")
     except StoreError as error:
         return failed(name, start_refusal(error))
     who = f"{settings.node!r}, incarnation {bytes(holder.get('incarnation', b'')).hex()} at {holder.get('address')}"
@@ -612,7 +655,8 @@ def _object_lock(name: str, found: dict[str, Any] | None, prefix: str) -> Check:
 
 
 def _lifecycle(name: str, found: dict[str, Any] | None, prefix: str) -> Check:
-    dangerous = []
+    dangerous: list[tuple[bool, str]] = []
+    short = []
     for rule in (found or {}).get("Rules", ()):
         if rule.get("Status") != "Enabled" or not {"Expiration", "Transitions"} & set(rule):
             continue
@@ -624,18 +668,27 @@ def _lifecycle(name: str, found: dict[str, Any] | None, prefix: str) -> Check:
         if condition.get("Tag") or both.get("Tags"):
             continue  # objects of ours carry no tags that somebody else chose
         covered = str(rule.get("Prefix") or condition.get("Prefix") or both.get("Prefix") or "")
-        hit = [kind for kind in HISTORY if f"{prefix}{kind}".startswith(covered) or covered.startswith(prefix + kind)]
+
+        def is_hit(kind: str, covered: str = covered) -> bool:
+            return f"{prefix}{kind}".startswith(covered) or covered.startswith(prefix + kind)
+
+        hit = [kind for kind in (*HISTORY, *NAMES) if is_hit(kind)]
+        if not hit and expires and is_hit(LEASES) and expires.get("Days", 0) < LEASE_DAYS_MIN:
+            short.append(f"rule {rule.get('ID', '')!r} deletes leases within {LEASE_DAYS_MIN} days")
         if hit:
             what = "deletes" if expires else "moves to another storage class"
             dangerous.append((bool(expires), f"rule {rule.get('ID', '')!r} {what} what lies under {' '.join(hit)}"))
     if any(deletes for deletes, _ in dangerous):
         told = "; ".join(text for _, text in dangerous)
-        error = Invalid("STORE_UNFIT", f"A lifecycle rule would destroy history: {told}.")
+        error = Invalid("STORE_UNFIT", f"A lifecycle rule would destroy sessions: {told}.")
         return failed(name, error, "Remove the rule, or limit it to old versions and unfinished uploads.")
     if dangerous:
         remedy = "Classes that answer only after hours make cold resumes fail; use instant ones."
         return warned(name, "; ".join(text for _, text in dangerous), remedy)
-    return passed(name, "none touches manifests, segments or orphans")
+    if short:
+        remedy = f"Give it more than {LEASE_DAYS_MIN} days: a node without its lease looks every session up again."
+        return warned(name, "; ".join(short), remedy)
+    return passed(name, "none touches a session, an index or the bucket's identity")
 
 
 def _public_access(name: str, found: dict[str, Any] | None, prefix: str) -> Check:

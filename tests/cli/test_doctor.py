@@ -18,7 +18,7 @@ from botocore.config import Config
 from sessiond.cli import exits
 from sessiond.testing import free_port, running_daemon
 from sessiond.v1 import admin_pb2
-from tests.cli.command import Ran, process, run
+from tests.cli.command import Ran, process, run, start
 from tests.e2e import stores
 from tests.seaweed import Seaweed, seaweed
 from tests.wire import Wire, user
@@ -191,6 +191,35 @@ def test_an_address_that_somebody_else_has_fails(copy: Path, tmp_path: Path) -> 
         assert str(tmp_path / "other") in checks(ran)["listen address"]["seen"]
 
 
+def test_an_address_of_another_machine_fails_as_such(tmp_path: Path) -> None:
+    # Of a block that is kept for documents: no machine has it.
+    ran = doctor(tmp_path / "data", "--listen", "192.0.2.1:7443")
+    assert failures(ran) == {"listen address": "PORT_IN_USE"}
+    assert "not an address of this machine" in checks(ran)["listen address"]["seen"]
+    assert "Stop the other process" not in checks(ran)["listen address"]["remedy"]
+
+
+def test_a_daemon_that_waits_for_its_bucket_is_no_stranger(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "some")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "key")
+    address = listen()
+    cloud = ("--cloud", "s3://nobody/x", "--s3-endpoint", "http://127.0.0.1:9", "--s3-region", "us-east-1")
+    waiting = start("serve", "--data-dir", copy, "--map-size-bytes", MAP, *address, *cloud)
+    try:
+        # It says so once it answers.
+        assert waiting.stderr is not None
+        assert any('"store_awaited"' in line for line in waiting.stderr)
+        ran = doctor(copy, *address, *cloud)
+    finally:
+        waiting.kill()
+        waiting.communicate()
+    assert failures(ran) == {"cloud tier": "STORE_UNAVAILABLE"}
+    row = checks(ran)["listen address"]
+    assert row["outcome"] == "WARN"
+    assert "is starting" in row["seen"]
+    assert "waits for its cloud tier" in row["seen"]
+
+
 def test_a_node_name_that_a_live_daemon_holds_fails(copy: Path, tmp_path: Path) -> None:
     cloud = (copy / "cloud").as_uri()
     with running_daemon(tmp_path / "other", cloud, node_name="n1") as other:
@@ -219,6 +248,36 @@ def test_a_store_that_is_not_there_fails_and_the_node_is_still_checked(
     )
     assert failures(ran) == {"cloud tier": "STORE_UNAVAILABLE"}
     assert checks(ran)["hot tier"]["outcome"] == "PASS"
+    remedy = checks(ran)["cloud tier"]["remedy"]
+    assert all(word in remedy for word in ("--s3-endpoint", "DNS", "firewall"))
+
+
+def test_no_credentials_at_all_fail_before_anything_is_sent(
+    seaweed: Seaweed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    options = ("--cloud", "s3://some/x", "--s3-endpoint", seaweed.endpoint, "--s3-region", "us-east-1")
+    ran = doctor(tmp_path / "data", *listen(), *options)
+    assert failures(ran) == {"cloud tier": "STORE_DENIED"}
+    assert "credentials" in checks(ran)["cloud tier"]["remedy"]
+    # Of what was not asked nothing is said.
+    assert "clock" not in checks(ran)
+    assert ran.code == exits.DENIED
+
+
+@pytest.mark.parametrize("url", ["file://data/x", "file:data/x", "file:///data?x", "data/x"])
+def test_a_cloud_tier_that_serve_refuses_fails_with_the_same_words(tmp_path: Path, url: str) -> None:
+    served = process("serve", "--data-dir", tmp_path / "data", *listen(), "--cloud", url)
+    ran = doctor(tmp_path / "data", *listen(), "--cloud", url)
+    assert failures(ran) == {"cloud tier": "INVALID_CONFIG"}
+    row = checks(ran)["cloud tier"]
+    assert row["exit_code"] == served.code
+    assert row["seen"] in served.err
+    assert row["remedy"] in served.err
 
 
 # A bucket on S3 -------------------------------------------------------------------------------------------------------
@@ -251,14 +310,17 @@ def test_a_bucket_passes_and_keeps_nothing_of_the_doctor(s3: Any, tmp_path: Path
     assert checks(doctor(tmp_path / "data", *listen(), *options))["versioning"]["outcome"] == "PASS"
 
 
-def test_a_lifecycle_rule_that_would_delete_history_fails(s3: Any, tmp_path: Path) -> None:
+def test_a_lifecycle_rule_that_would_delete_what_a_session_needs_fails(s3: Any, tmp_path: Path) -> None:
     client, bucket, options = s3
-    for covered in ("", "at/m/", "at/s/00", "at/probe/"):
-        rule = {"ID": "tidy", "Status": "Enabled", "Filter": {"Prefix": covered}, "Expiration": {"Days": 3650}}
+    expected = {"at/probe/": "PASS", "at/n/": "WARN"}
+    for covered in ("", "at/s/00", "at/bucket.json", "at/u/", "at/x/", "at/n/", "at/probe/"):
+        days = 7 if covered == "at/n/" else 3650
+        rule = {"ID": "tidy", "Status": "Enabled", "Filter": {"Prefix": covered}, "Expiration": {"Days": days}}
         client.put_bucket_lifecycle_configuration(Bucket=bucket, LifecycleConfiguration={"Rules": [rule]})
         ran = doctor(tmp_path / "data", *listen(), *options)
-        if covered == "at/probe/":
+        if covered in expected:
             assert failures(ran) == {}
+            assert checks(ran)["lifecycle rules"]["outcome"] == expected[covered]
         else:
             assert failures(ran) == {"lifecycle rules": "STORE_UNFIT"}, covered
             assert "'tidy'" in checks(ran)["lifecycle rules"]["seen"]

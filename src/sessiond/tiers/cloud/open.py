@@ -56,12 +56,7 @@ def open_store(
     path_style None means True with an endpoint, where bucket.host seldom resolves, and the SDK's choice on AWS.
     Raises Invalid INVALID_CONFIG, and what FolderStore and S3Store raise.
     """
-    try:
-        parts = urlsplit(url)
-    except ValueError as error:
-        raise _invalid("cloud", url, f"is not a URL ({error})") from error
-    if parts.query or parts.fragment:
-        raise _invalid("cloud", url, "has a ? or a #", "Write these as %3F and %23.")
+    parts = _split(url)
     if parts.scheme == "file":
         return FolderStore(_folder(url, parts))
     if parts.scheme == "s3":
@@ -91,6 +86,22 @@ def open_store(
             read_timeout_ms=read_timeout_ms,
         )
     raise _invalid("cloud", url, f"has the unknown scheme {parts.scheme!r}" if parts.scheme else "has no scheme")
+
+
+def folder_of(url: str) -> Path | None:
+    """The folder that the URL names; None if it names none. Raises Invalid INVALID_CONFIG."""
+    parts = _split(url)
+    return _folder(url, parts) if parts.scheme == "file" else None
+
+
+def _split(url: str) -> SplitResult:
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise _invalid("cloud", url, f"is not a URL ({error})") from error
+    if parts.query or parts.fragment:
+        raise _invalid("cloud", url, "has a ? or a #", "Write these as %3F and %23.")
+    return parts
 
 
 def _folder(url: str, parts: SplitResult) -> Path:
