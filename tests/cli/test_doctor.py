@@ -235,7 +235,26 @@ def test_a_damaged_bucket_or_lease_fails(copy: Path) -> None:
     lease.write_bytes(stored)
     assert failures(doctor(copy, *listen())) == {"node name": "CORRUPT_MANIFEST"}
     (copy / "cloud" / "bucket.json").write_text("{}")
-    assert failures(doctor(copy, *listen())) == {"bucket and key": "CORRUPT_MANIFEST"}
+    ran = doctor(copy, *listen())
+    assert failures(ran) == {"bucket and key": "CORRUPT_MANIFEST"}
+    # What a missing one needs, a damaged one needs too.
+    remedy = checks(ran)["bucket and key"]["remedy"]
+    assert "backup" in remedy
+    assert "verify" not in remedy
+    (copy / "cloud" / "bucket.json").unlink()
+    assert checks(doctor(copy, *listen()))["bucket and key"]["remedy"] == remedy
+
+
+def test_a_bucket_json_that_is_neither_read_nor_made_says_what_the_store_said(tmp_path: Path) -> None:
+    (tmp_path / "cloud").mkdir()
+    # A link that leads nowhere can't be read, and nothing can be made in its place.
+    (tmp_path / "cloud" / "bucket.json").symlink_to("nowhere")
+    cloud = ("--cloud", (tmp_path / "cloud").as_uri())
+    ran = process("serve", "--data-dir", tmp_path / "data", "--map-size-bytes", MAP, *listen(), *cloud)
+    assert ran.code == exits.UNAVAILABLE
+    told = ran.err.partition("neither be read nor made; the store's last answer: ")[2]
+    assert told
+    assert not told.startswith(".")
 
 
 def test_a_store_that_is_not_there_fails_and_the_node_is_still_checked(

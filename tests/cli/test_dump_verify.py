@@ -12,6 +12,7 @@ import pytest
 from sessiond.client import Client, assistant, user
 from sessiond.testing import Daemon, running_daemon
 from tests.cli.command import Ran, run
+from tests.e2e import stores
 
 SECRET = "the secret of the user"
 
@@ -156,6 +157,35 @@ def test_verify_explains_damage_and_ends_with_1(data: Path) -> None:
     plain = run("verify", "--data-dir", data)
     assert plain.code == 1
     assert "I11  told  " in plain.out
+    last = plain.out.splitlines()[-1]
+    assert "docs/s3.md" in last
+    assert "sessiond repair" not in last
+
+
+def test_a_damaged_manifest_is_not_said_to_be_missing(data: Path) -> None:
+    manifest = objects(data, "m")[0]
+    body = bytearray(manifest.read_bytes())
+    body[-1] ^= 1
+    manifest.write_bytes(body)
+    found = run("verify", "--data-dir", data, "--json").json["violations"]
+    assert found
+    assert {row["invariant"] for row in found} == {"I11"}
+    manifest.unlink()
+    found = run("verify", "--data-dir", data, "--json").json["violations"]
+    assert ("I2", True) in {(row["invariant"], "has no manifest" in row["explanation"]) for row in found}
+
+
+def test_a_damaged_row_is_left_to_repair(data: Path) -> None:
+    with stores.rows(data) as (transaction, tables):
+        [(key, row)] = transaction.cursor(db=tables["heads"])
+        transaction.put(bytes(key), bytes(row[:-1]) + bytes([row[-1] ^ 1]), db=tables["heads"])
+    last = run("verify", "--data-dir", data).out.splitlines()[-1]
+    assert "sessiond repair" in last
+    assert "docs/s3.md" not in last
+    told = run("repair", "--dry-run", "--data-dir", data).out
+    assert "would be moved to" in told
+    assert ".," not in told
+    assert ".;" not in told
 
 
 def test_both_work_beside_a_running_daemon(daemon: Daemon, client: Client) -> None:

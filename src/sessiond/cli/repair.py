@@ -39,7 +39,8 @@ def _show(report: Any) -> None:
     verb = "would be moved" if report.dry_run else "moved"
     for moved in report.moved:
         to = f", {verb} to {moved.to}" if moved.to else ""
-        print(f"{moved.what} {output.printable(moved.name)}: {output.printable(moved.damage)}{to}")
+        damage = moved.damage.replace(".; ", "; ").rstrip(".")
+        print(f"{moved.what} {output.printable(moved.name)}: {output.printable(damage)}{to}")
         if moved.unflushed:
             print(f"  {len(moved.unflushed)} acknowledged turns that the cloud tier lacks verify in that file")
         if moved.then and not report.dry_run:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from typing import Any, Final
 
 import click
 
 from sessiond.cli import exits, output, settings
+
+# What repair never touches: it has no other source.
+_HISTORY: Final = re.compile(r"\b[mso]/[0-9a-f]{32}|\b(manifest|segment|orphan)\b")
 
 
 @click.command()
@@ -44,4 +48,17 @@ def command(session: str | None, progress: bool, as_json: bool, config_path: str
         if objects:
             print(f"{objects} objects ({output.bytes_text(size)}) that no manifest names; they harm nothing")
         print(f"{report.checked} sessions checked, {len(report.violations)} violations")
+        if report.violations:
+            print(_what_to_do([found.explanation for found in report.violations]))
     return exits.INTERNAL if report.violations else exits.OK
+
+
+def _what_to_do(explanations: list[str]) -> str:
+    """One line, which names only what applies: rows can be made again, history can only be put back."""
+    history = [bool(_HISTORY.search(text)) for text in explanations]
+    steps = []
+    if not all(history):
+        steps.append("rows of the hot tier and of the indexes: stop the daemon and run sessiond repair")
+    if any(history):
+        steps.append("objects of the cloud tier: put the sound older version back, see docs/s3.md")
+    return f"What to do: {'; '.join(steps)}"

@@ -111,6 +111,8 @@ def i2_cloud_seq_is_in_the_cloud(view: View) -> Iterator[str]:
     if view.hot is None or not view.hot.ours:
         return
     if view.cloud is None:
+        if any(f"m/{view.h.hex()}" in text for text in view.unreadable):
+            return  # there is one, and I11 says what is wrong with it
         yield "the node owns it and the cloud tier has no manifest of it"
     elif view.cloud.epoch == view.hot.epoch and view.cloud.head < view.hot.cloud_seq:
         yield f"the node counts turn {view.hot.cloud_seq} as committed and the manifest ends at turn {view.cloud.head}"

@@ -26,6 +26,7 @@ from sessiond.tiers.cloud.store import (
 
 FORMAT_VERSION: Final = 1
 BUCKET_KEY: Final = "bucket.json"
+RESTORE: Final = f"Restore {BUCKET_KEY} from a backup: it holds the key of every name."
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,8 @@ def refusal(error: StoreError) -> SessiondError:
         )
     if isinstance(error, StoreDamaged):
         reason = "CORRUPT_SEGMENT" if object_kind(error.key) in ("segment", "index", "orphan") else "CORRUPT_MANIFEST"
-        return Corrupt(reason, f"The object {error.key} is damaged: {error.detail}.", where)
+        what = f"The object {error.key} is damaged: {error.detail}."
+        return Corrupt(reason, what, where, remedy=RESTORE if error.key == BUCKET_KEY else "")
     if isinstance(error, BucketMissing):
         return Unavailable("STORE_UNAVAILABLE", f"The bucket itself is missing: {error.detail}.", where)
     if isinstance(error, Ambiguous):
@@ -153,6 +155,7 @@ def open_bucket(store: ObjectStore, configured_key: bytes, now_ms: int, *, make:
 
     Raises Invalid WRONG_HASH_KEY, Corrupt NEWER_FORMAT or CORRUPT_MANIFEST, and as the store does.
     """
+    answer = ""
     for attempt in range(3):
         try:
             stored = store.get(BUCKET_KEY).body
@@ -165,7 +168,7 @@ def open_bucket(store: ObjectStore, configured_key: bytes, now_ms: int, *, make:
                     "CORRUPT_MANIFEST",
                     f"{BUCKET_KEY} is missing in {store.url}, which holds sessions, {kept} for one.",
                     {"object": BUCKET_KEY, "store": store.url},
-                    remedy=f"Restore {BUCKET_KEY} from a backup: it holds the key of every name.",
+                    remedy=RESTORE,
                 ) from None
             if not make:
                 raise NotFound("BUCKET_NOT_FOUND", f"There is no {BUCKET_KEY} in {store.url}.") from None
@@ -180,15 +183,19 @@ def open_bucket(store: ObjectStore, configured_key: bytes, now_ms: int, *, make:
             fields["checksum"] = _checksum(fields)
             try:
                 store.put(BUCKET_KEY, json.dumps(fields, indent=1).encode() + b"\n", if_absent=True)
-            except (PreconditionLost, Ambiguous):
-                pass  # whoever won, the next read tells
+            except (PreconditionLost, Ambiguous) as error:
+                answer = error.detail  # whoever won, the next read tells
             except StoreError as error:
                 raise start_refusal(error) from error
             continue
         except StoreError as error:
             raise start_refusal(error) from error
         return _parse(stored, configured_key, store.url)
-    raise Unavailable("STORE_UNAVAILABLE", f"{BUCKET_KEY} of {store.url} could neither be read nor made.")
+    raise Unavailable(
+        "STORE_UNAVAILABLE",
+        f"{BUCKET_KEY} of {store.url} could neither be read nor made; the store's last answer: {answer}.",
+        {"object": BUCKET_KEY, "store": store.url, "detail": answer},
+    )
 
 
 def _any_session(store: ObjectStore) -> str:
@@ -226,7 +233,8 @@ def _fields(stored: bytes, url: str) -> tuple[bytes, bytes, str]:
         kept_key = bytes.fromhex(fields["hash_key"] or "")
         check = str(fields["hash_key_check"])
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise Corrupt("CORRUPT_MANIFEST", f"The object {BUCKET_KEY} of {url} is damaged: {error}.", where) from error
+        what = f"The object {BUCKET_KEY} of {url} is damaged: {error}."
+        raise Corrupt("CORRUPT_MANIFEST", what, where, remedy=RESTORE) from error
     if version > FORMAT_VERSION:
         raise Corrupt(
             "NEWER_FORMAT", f"The bucket {url} has format {version}; this release reads {FORMAT_VERSION}.", where

@@ -17,7 +17,8 @@ class StoreError(Exception):
     def __init__(self, key: str, detail: str, retry_after_ms: int = 1000) -> None:
         super().__init__(f"{key}: {detail}")
         self.key = key
-        self.detail = detail
+        # It is put into sentences, and a store often ends its own with a full stop.
+        self.detail = detail.rstrip(".")
         self.retry_after_ms = retry_after_ms
 
 
