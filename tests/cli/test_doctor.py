@@ -20,6 +20,7 @@ from sessiond.testing import free_port, running_daemon
 from sessiond.v1 import admin_pb2
 from tests.cli.command import Ran, process, run, start
 from tests.e2e import stores
+from tests.fault.proxy import PASS, Asked, Fault, running_proxy
 from tests.seaweed import Seaweed, seaweed
 from tests.wire import Wire, user
 
@@ -245,18 +246,6 @@ def test_a_damaged_bucket_or_lease_fails(copy: Path) -> None:
     assert checks(doctor(copy, *listen()))["bucket and key"]["remedy"] == remedy
 
 
-def test_a_bucket_json_that_is_neither_read_nor_made_says_what_the_store_said(tmp_path: Path) -> None:
-    (tmp_path / "cloud").mkdir()
-    # A link that leads nowhere can't be read, and nothing can be made in its place.
-    (tmp_path / "cloud" / "bucket.json").symlink_to("nowhere")
-    cloud = ("--cloud", (tmp_path / "cloud").as_uri())
-    ran = process("serve", "--data-dir", tmp_path / "data", "--map-size-bytes", MAP, *listen(), *cloud)
-    assert ran.code == exits.UNAVAILABLE
-    told = ran.err.partition("neither be read nor made; the store's last answer: ")[2]
-    assert told
-    assert not told.startswith(".")
-
-
 def test_a_store_that_is_not_there_fails_and_the_node_is_still_checked(
     copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -350,6 +339,24 @@ def test_a_bucket_that_is_not_there_fails(s3: Any, tmp_path: Path) -> None:
     ran = doctor(tmp_path / "data", *listen(), *options, "--cloud", "s3://doctor-absent/x")
     assert failures(ran) == {"cloud tier": "BUCKET_NOT_FOUND"}
     assert ran.code == exits.NOT_FOUND
+
+
+def test_a_bucket_json_that_is_neither_read_nor_made_says_what_the_store_said(
+    s3: Any, seaweed: Seaweed, tmp_path: Path
+) -> None:
+    _, bucket, options = s3
+
+    def refuses_to_found(asked: Asked) -> Fault:
+        return Fault("503") if (asked.method, asked.key) == ("PUT", "bucket.json") else PASS
+
+    with running_proxy(seaweed.endpoint, bucket, "at", refuses_to_found) as proxy:
+        given = (*options, "--s3-endpoint", proxy.endpoint)
+        ran = process("serve", "--data-dir", tmp_path / "data", "--map-size-bytes", MAP, *listen(), *given)
+    assert ran.code == exits.UNAVAILABLE
+    told = ran.err.rpartition("neither be read nor made; the store's last answer: ")[2]
+    assert told.startswith("503 ")
+    # The store's own full stop is not doubled.
+    assert "By the proxy. " in told
 
 
 def test_wrong_credentials_fail_with_the_permissions_named(
