@@ -278,8 +278,12 @@ def _listen(settings: Settings) -> Check:
         return failed(name, error)
     if isinstance(found, SessiondError):
         if found.reason == "NODE_STARTING":
-            seen = f"this node's daemon is starting on {settings.listen} and waits for its cloud tier"
-            return warned(name, seen, "Mend what the checks of the cloud tier say; then it goes on by itself.")
+            # Which node it is of it does not know before its bucket answers.
+            seen = f"this node's daemon on {settings.listen} is not ready: {found.message.rstrip('.')}"
+            remedy = (
+                "Mend what the checks of the cloud tier say, and it goes on; if it is another node's, change --listen."
+            )
+            return warned(name, seen, remedy)
         return warned(name, f"a sessiond on {settings.listen} refuses its status: {found.message}", found.remedy)
     health, status = found
     if Path(status.hot.path) != settings.hot_dir:

@@ -218,7 +218,7 @@ def test_a_daemon_that_waits_for_its_bucket_is_no_stranger(copy: Path, monkeypat
     row = checks(ran)["listen address"]
     assert row["outcome"] == "WARN"
     assert "is starting" in row["seen"]
-    assert "waits for its cloud tier" in row["seen"]
+    assert "waits for the cloud tier" in row["seen"]
 
 
 def test_a_node_name_that_a_live_daemon_holds_fails(copy: Path, tmp_path: Path) -> None:
