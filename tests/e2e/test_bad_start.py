@@ -34,14 +34,20 @@ from tests.wire import CLOUD, Refusal, Wire, user
 SOURCE = Path(sessiond.__file__).parent
 
 
-def refused(reason: str, *words: str, **options: Any) -> StartFailed:
-    """The failure of a start that must fail for this reason; its log names the words and the remedy."""
+# Of a bucket.json that is missing, and of a damaged one.
+RESTORE = "Restore bucket.json from a backup"
+
+
+def refused(reason: str, *words: str, remedy: str = "", **options: Any) -> StartFailed:
+    """The failure of a start that must fail for this reason; its log names the words and the remedy: the reason's own
+    if none is given.
+    """
     with pytest.raises(StartFailed) as failure, running_daemon(**options):
         pass
     found = failure.value
     assert found.reason == reason, found.log
     assert found.exit_code == exits.code_of(REASONS[reason].kind(reason, ""))
-    for word in (*words, REASONS[reason].remedy):
+    for word in (*words, remedy or REASONS[reason].remedy):
         assert word in found.log
     assert "Traceback" not in found.log
     return found
@@ -304,13 +310,13 @@ def test_a_bucket_of_a_newer_format_is_refused_and_left_alone(copy: Path, checks
 def test_a_bucket_that_is_none_is_refused_and_left_alone(copy: Path, content: bytes) -> None:
     (copy / "cloud" / "bucket.json").write_bytes(content)
     before = stores.contents(copy)
-    refused("CORRUPT_MANIFEST", "bucket.json", data_dir=copy)
+    refused("CORRUPT_MANIFEST", "bucket.json", remedy=RESTORE, data_dir=copy)
     assert stores.contents(copy) == before
 
 
 def test_a_bucket_whose_fields_do_not_match_their_checksum_is_refused(copy: Path) -> None:
     rewrite_bucket(copy, lambda fields: fields.update(created_unix_ms=1), checksum=False)
-    refused("CORRUPT_MANIFEST", "checksum", data_dir=copy)
+    refused("CORRUPT_MANIFEST", "checksum", remedy=RESTORE, data_dir=copy)
 
 
 @pytest.mark.parametrize("left", ["m", "s"])
@@ -323,7 +329,7 @@ def test_a_bucket_that_lost_its_identity_is_refused_and_given_no_new_key(copy: P
     with pytest.raises(StartFailed) as failure, running_daemon(copy):
         pass
     assert (failure.value.reason, failure.value.exit_code) == ("CORRUPT_MANIFEST", exits.CORRUPT), failure.value.log
-    assert "Restore bucket.json from a backup" in failure.value.log
+    assert RESTORE in failure.value.log
     assert f"{left}/" in failure.value.log
     assert not (cloud / "bucket.json").exists()
     assert {name for name in stores.contents(copy) if name.startswith("cloud/")} == {
