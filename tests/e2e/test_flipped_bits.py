@@ -465,7 +465,7 @@ def test_a_damaged_lease_refuses_the_start_and_says_what_to_do(drained: Path, tm
     assert failure.value.reason == "CORRUPT_MANIFEST"
     assert failure.value.exit_code == exits.CORRUPT
     assert f"n/{path.name}" in failure.value.log
-    assert "delete this object" in failure.value.log
+    assert "run sessiond repair" in failure.value.log
     path.unlink()
     with running_daemon(data_dir) as daemon, contextlib.closing(Wire(daemon.address)) as wire:
         assert wire.resume(SEALED[0]).receipt.ownership == context_pb2.OWNERSHIP_CONFIRMED

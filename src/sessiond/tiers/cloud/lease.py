@@ -190,7 +190,7 @@ class Lease:
             return envelope.unseal(body, envelope.KIND_LEASE, self._key)[0]
         except Corrupt as error:
             if error.reason == "CORRUPT_MANIFEST":
-                error.remedy = "Make sure that no daemon serves under this node name, then delete this object."
+                error.remedy = "Make sure that no daemon serves under this node name, then run sessiond repair."
             raise
 
     def _in_use(self, holder: dict[str, Any]) -> Unavailable:
