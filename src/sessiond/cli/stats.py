@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from typing import Final
 
 import click
@@ -66,9 +65,9 @@ def command(put_price: float, get_price: float, as_json: bool, server: str | Non
 def _bill(status: admin_pb2.GetStatusResponse, put_price: float, get_price: float) -> dict[str, float]:
     """What the requests since the start cost, in the currency of the prices: for sessions, and for the lease."""
     prices = {"put": put_price / 1000, "list": put_price / 1000, "get": get_price / 1000, "delete": 0.0}
-    spent = Counter[str]()
+    spent = {"lease": 0.0, "sessions": 0.0}
     for row in status.cloud.objects:
-        spent["lease" if row.object == "lease" else "sessions"] += row.count * prices[row.kind]  # type: ignore[assignment]
+        spent["lease" if row.object == "lease" else "sessions"] += row.count * prices[row.kind]
     up_ms = max(1, int(time.time() * 1000) - status.started_at_unix_ms)
     turns = status.turns_appended
     return {
