@@ -76,6 +76,7 @@ def running(folder: Path, flushes: bool = True) -> Iterator[tuple[Sessions, Part
             clock_ms=daemon.now_ms,
             expiry_ms=daemon.now_ms,
             latest_ms=daemon.now_ms,
+            running_ms=daemon.now_ms,
             turn_bytes_max=TURN_BYTES_MAX,
             default_budget_tokens=0,
         )
@@ -128,7 +129,17 @@ def record_appends(folder: Path, before: int, appends: int) -> tuple[Path, Path,
             def operation(transaction: Transaction) -> Any:
                 recorder = Recorder(transaction)
                 done = log.append(
-                    recorder, h, "recorded", prepared, None, None, daemon.now_ms(), daemon.now_ms, daemon.now_ms, dict
+                    recorder,
+                    h,
+                    "recorded",
+                    prepared,
+                    None,
+                    None,
+                    daemon.now_ms(),
+                    0,
+                    daemon.now_ms,
+                    daemon.now_ms,
+                    dict,
                 )
                 if records:
                     recorded.append(recorder.rows)

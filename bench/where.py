@@ -225,7 +225,7 @@ def append(sessions: Sessions, parts: Parts) -> None:
         def operation(transaction: Transaction) -> None:
             turn.turn_id = f"inside-{next(numbers)}"
             started = time.thread_time_ns()
-            log.append(transaction, h, SESSION, [turn], None, None, 1, lambda: 0, lambda: 0, dict)
+            log.append(transaction, h, SESSION, [turn], None, None, 1, 1, lambda: 0, lambda: 0, dict)
             inner.append((time.thread_time_ns() - started) / 1000)
 
         outer = []

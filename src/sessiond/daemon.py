@@ -183,6 +183,7 @@ class Daemon:
             clock_ms=now_ms,
             expiry_ms=expiry_ms,
             latest_ms=expiry_ms.latest_ms,
+            running_ms=expiry_ms.running_ms,
             turn_bytes_max=settings.turn_bytes_max,
             default_budget_tokens=settings.default_budget_tokens,
             serve_unconfirmed=settings.serve_unconfirmed,
@@ -198,6 +199,7 @@ class Daemon:
             resumed_ms=sessions.resumed_ms,
             clock_ms=now_ms,
             steady_ms=expiry_ms,
+            running_ms=expiry_ms.running_ms,
             idle_release_ms=settings.idle_release_ms,
             evict_at_percent=settings.evict_at_percent,
             wait=time.sleep,
@@ -289,19 +291,20 @@ def hold_data_dir(settings: Settings) -> int:
 
     Raises Unavailable HOT_TIER_IN_USE, Denied UNWRITABLE_FOLDER.
     """
-    path = Path(settings.data_dir).absolute() / "daemon.lock"
+    path = Path(settings.data_dir).absolute()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        path.mkdir(parents=True, exist_ok=True)
+        # The folder itself: no file is left behind, and a kill lets go of it.
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
-        what = f"The folder {path.parent} can't be written: {error}."
-        raise Denied("UNWRITABLE_FOLDER", what, {"path": str(path.parent)}, [("data_dir", str(error))]) from error
+        what = f"The folder {path} can't be used: {error}."
+        raise Denied("UNWRITABLE_FOLDER", what, {"path": str(path)}, [("data_dir", str(error))]) from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         os.close(descriptor)
-        what = f"Another daemon serves from {path.parent}."
-        raise Unavailable("HOT_TIER_IN_USE", what, {"path": str(path.parent)}, [("data_dir", "in use")]) from error
+        what = f"Another daemon serves from {path}."
+        raise Unavailable("HOT_TIER_IN_USE", what, {"path": str(path)}, [("data_dir", "in use")]) from error
     return descriptor
 
 

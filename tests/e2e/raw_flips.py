@@ -98,7 +98,7 @@ def append(hot: Environment, h: bytes, number: int) -> bool:
     def operation(transaction: Any) -> bool:
         head = log.read_head(transaction, h)
         if head is not None:
-            log.append(transaction, h, head.session, [turn], None, None, 1, lambda: 1, lambda: 1, dict)
+            log.append(transaction, h, head.session, [turn], None, None, 1, 1, lambda: 1, lambda: 1, dict)
         return head is not None
 
     return hot.run_blocking(operation, len(body))

@@ -105,6 +105,7 @@ class Day:
                 clock_ms=clock,
                 expiry_ms=clock,
                 latest_ms=clock,
+                running_ms=clock,
                 turn_bytes_max=1 << 20,
                 default_budget_tokens=4000,
             )
@@ -119,6 +120,7 @@ class Day:
             resumed_ms=self.service.resumed_ms,
             clock_ms=clock,
             steady_ms=clock,
+            running_ms=clock,
             idle_release_ms=300_000,
             evict_at_percent=70,
             wait=time.sleep,

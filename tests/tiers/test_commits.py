@@ -185,6 +185,7 @@ class LiveNode:
                 clock_ms=self.clock,
                 expiry_ms=self.clock,
                 latest_ms=self.clock,
+                running_ms=self.clock,
                 turn_bytes_max=1 << 20,
                 default_budget_tokens=0,
             )

@@ -61,6 +61,7 @@ class Node:
             resumed_ms=self.live.sessions.resumed_ms,
             clock_ms=world.clock,
             steady_ms=world.clock,
+            running_ms=world.clock,
             idle_release_ms=IDLE_MS,
             evict_at_percent=70,
             wait=lambda _: None,

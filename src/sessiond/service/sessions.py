@@ -124,6 +124,7 @@ class Parts:
     clock_ms: Callable[[], int]
     expiry_ms: Callable[[], int]
     latest_ms: Callable[[], int]
+    running_ms: Callable[[], int]
     turn_bytes_max: int
     default_budget_tokens: int
     serve_unconfirmed: bool = True
@@ -203,7 +204,7 @@ class Sessions:
 
     def _note_resumed(self, h: bytes) -> None:
         self._resumed_ms.pop(h, None)
-        self._resumed_ms[h] = self._parts.clock_ms()
+        self._resumed_ms[h] = self._parts.running_ms()
         if len(self._resumed_ms) > RESUMED_MAX:
             del self._resumed_ms[next(iter(self._resumed_ms))]
 
@@ -770,6 +771,7 @@ class Sessions:
             raise Unavailable("STORE_UNAVAILABLE", "The window needs too many segments.")
         if claimable and not request.read_only and not self.draining and not self._parts.lease.lost:
             self._start_claim(h, cold, loss)
+            self._note_resumed(h)
         self._count_rung(standing.rung)
         return reply
 
@@ -843,14 +845,16 @@ class Sessions:
         def operation(transaction: Transaction) -> log.Appended | log.HistoryNeeded:
             if self.draining:
                 raise draining()
-            now_ms = self._parts.clock_ms()
+            now_ms, running_ms = self._parts.clock_ms(), self._parts.running_ms()
 
             def birth() -> dict[str, str]:
                 return dict(decode_committed(h, transaction.get("manifests", h)).birth["metadata"])
 
             try:
                 clocks = self._parts.expiry_ms, self._parts.latest_ms
-                return log.append(transaction, h, session_id, turns, expected, state_etag, now_ms, *clocks, birth)
+                return log.append(
+                    transaction, h, session_id, turns, expected, state_etag, now_ms, running_ms, *clocks, birth
+                )
             except log.HistoryNeeded as needed:
                 return needed
 

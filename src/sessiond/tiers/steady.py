@@ -47,6 +47,10 @@ class SteadyClock:
             steady_ms = self._offset_ms + boot_ms
         return min(wall_ms, steady_ms)
 
+    def running_ms(self) -> int:
+        """The time since the start, added to the time that it was then: what idleness goes by, whatever is set."""
+        return self._offset_ms + self._boot_ms()
+
     def latest_ms(self) -> int:
         """The time that a life is counted from: not behind, where the wall clock was set back for a while."""
         store_ms = self._store_ms()

@@ -81,6 +81,7 @@ class Upkeep:
         resumed_ms: Callable[[bytes], int],
         clock_ms: Callable[[], int],
         steady_ms: Callable[[], int],
+        running_ms: Callable[[], int],
         idle_release_ms: int,
         evict_at_percent: int,
         wait: Callable[[float], object],
@@ -95,6 +96,7 @@ class Upkeep:
         self._resumed_ms = resumed_ms
         self._clock_ms = clock_ms
         self._steady_ms = steady_ms
+        self._running_ms = running_ms
         self._idle_release_ms = idle_release_ms
         self._evict_at = evict_at_percent
         self._wait = wait
@@ -168,11 +170,12 @@ class Upkeep:
                 self._drop([h], evicts=False)
 
     def _is_unused(self, h: bytes, head: Head, for_ms: int) -> bool:
-        """Whether nobody appended to the session or read it for so long. A use ahead of the clock was by another clock,
-        and counts as long ago: a release too many costs a request, one that never comes costs the map.
+        """Whether nobody appended to the session or read it for so long. A use that lies ahead was by another clock,
+        and says nothing: a release too many costs a request, one that never comes costs the map.
         """
-        now_ms, used_ms = self._clock_ms(), max(head.used_ms, self._resumed_ms(h))
-        return not now_ms - for_ms <= used_ms <= now_ms + for_ms
+        now_ms = self._running_ms()
+        used = [at_ms for at_ms in (head.used_ms, self._resumed_ms(h)) if at_ms <= now_ms + for_ms]
+        return max(used, default=0) < now_ms - for_ms
 
     def _heads(self, rows: int) -> list[tuple[bytes, Head]]:
         """The next head rows, from where the last slice ended; begins anew at the end."""

@@ -356,6 +356,7 @@ def append(
     expected: tuple[int, int] | None,
     state_etag: tuple[int, int] | None,
     now_ms: int,
+    running_ms: int,
     expiry_ms: Callable[[], int],
     latest_ms: Callable[[], int],
     birth_metadata: Callable[[], dict[str, str]],
@@ -363,8 +364,8 @@ def append(
     """Append turns of one session, all or none, inside a write transaction.
 
     expected: (epoch or 0, seq) of the head that the caller believes in. state_etag: place of the last state turn.
-    now_ms: what turns are dated by. expiry_ms: the clock that expiry is judged by. latest_ms: the one that a life is
-    counted from, never behind the other.
+    now_ms: what turns are dated by. running_ms: what idleness goes by. expiry_ms: the clock that expiry is judged by.
+    latest_ms: the one that a life is counted from, never behind the other.
     Raises NotFound, Unavailable NOT_OWNER, Conflict (TURN_ID_REUSED, EXPECTED_MISMATCH, STATE_ETAG_MISMATCH), Invalid,
     Exhausted PINS_FULL, HistoryNeeded, Corrupt; nothing is written then.
     """
@@ -404,6 +405,7 @@ def append(
     sealed = _Sealed(transaction, h, head, places, now_ms, birth_metadata)
     for turn in fresh:
         sealed.add(turn)
+    sealed.running_ms = running_ms
     if head.policy.get("expiry"):
         sealed.latest_ms = latest_ms()
     sealed.write(hashes, fresh)
@@ -448,7 +450,7 @@ class _Sealed:
         self.frames: list[bytes] = []
         self.boundaries: list[tuple[int, bytes]] = []
         self.waiting: bool | None = None
-        self.latest_ms = 0
+        self.latest_ms = self.running_ms = 0
 
     def add(self, turn: PreparedTurn) -> None:
         """Seal one turn after the ones before it. Raises Invalid, Exhausted, HistoryNeeded."""
@@ -584,7 +586,7 @@ class _Sealed:
         append_ids(transaction, h, first_seq, entries)
         head.head_seq += len(self.frames)
         head.state = self.state
-        head.used_ms = self.time_ms
+        head.used_ms = self.running_ms
         # A wall clock that was set back must not take from what the session has to live.
         behind = self.latest_ms - self.time_ms >= CLOCK_STEP_MS
         head.expires_ms = expires_ms(head.policy, head.created_ms, self.latest_ms if behind else self.time_ms)
