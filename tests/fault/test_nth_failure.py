@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import subprocess
+import sys
+import sysconfig
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -170,10 +172,16 @@ def segmented(world: World, session: str) -> None:
 def merge(world: World, session: str) -> None:
     world.say(session, "last", INLINE_TAIL_BYTES_MAX)
     flushed(world)
-    objects = [path for path in (world.daemon.data_dir / "cloud" / "s").rglob("*") if path.is_file()]
-    merged = [path for path in objects if path.stat().st_size > MERGE_SEGMENTS_MIN * INLINE_TAIL_BYTES_MAX]
     world.merged.add(session)
-    assert len(merged) >= len(world.merged)
+    for number in range(40):
+        objects = [path for path in (world.daemon.data_dir / "cloud" / "s").rglob("*") if path.is_file()]
+        merged = [path for path in objects if path.stat().st_size > MERGE_SEGMENTS_MIN * INLINE_TAIL_BYTES_MAX]
+        if len(merged) >= len(world.merged):
+            return
+        # A merge that fails holds up no flush: a later one does it.
+        world.say(session, f"after-{number}", 10)
+        flushed(world)
+    raise AssertionError("nothing was merged")
 
 
 def evict(world: World, session: str) -> None:
@@ -357,16 +365,17 @@ def run(route: Route, tmp_path: Path, cases_max: int | None) -> None:
 
 # Object files whose allocations fail, and the least size that does: LMDB's own pages and lists; buffers of Python's.
 # gRPC aborts where it is given nothing, which counts as a crash.
-STARVED = (("lmdb", 0), ("libpython", 2048), ("cygrpc", 256))
+PYTHON = "libpython" if sysconfig.get_config_var("Py_ENABLE_SHARED") else f"bin/{Path(sys.executable).name}"
+STARVED = (("lmdb", 0), (PYTHON, 2048), ("cygrpc", 256))
 
 
-@pytest.mark.parametrize(("object_name", "size_min"), STARVED, ids=[name for name, _ in STARVED])
+@pytest.mark.parametrize(("object_name", "size_min"), STARVED, ids=["lmdb", "python", "grpc"])
 def test_any_failing_allocation_loses_and_doubles_nothing(object_name: str, size_min: int, tmp_path: Path) -> None:
     starve(object_name, size_min, tmp_path, CASES_IN_CI)
 
 
 @pytest.mark.torture
-@pytest.mark.parametrize(("object_name", "size_min"), STARVED, ids=[name for name, _ in STARVED])
+@pytest.mark.parametrize(("object_name", "size_min"), STARVED, ids=["lmdb", "python", "grpc"])
 def test_every_failing_allocation_loses_and_doubles_nothing(object_name: str, size_min: int, tmp_path: Path) -> None:
     starve(object_name, size_min, tmp_path, None)
 
