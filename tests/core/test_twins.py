@@ -464,7 +464,11 @@ def _calls(stream: Any, state: Any) -> list[tuple[str, tuple[Any, ...]]]:
     ]
 
 
-@pytest.mark.parametrize("junk", [None, "text", 5, [1, 2], memoryview(bytes(40))[::2]], ids=str)
+@pytest.mark.parametrize(
+    "junk",
+    [None, "text", 5, [1, 2], memoryview(bytes(40))[::2]],
+    ids=["None", "text", "number", "list", "strided"],
+)
 def test_twins_refuse_what_is_no_buffer(junk: Any) -> None:
     frames, _, folded = random_log(7, 3)
     calls: list[tuple[str, tuple[Any, ...]]] = [
