@@ -25,7 +25,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("version", "node", "incarnation", "phase", "started_at_unix_ms", "compiled_core", "hot", "cloud", "calls", "rungs", "group_commit", "resident_bytes", "turns_appended", "flush", "upkeep")
+    __slots__ = ("version", "node", "incarnation", "phase", "started_at_unix_ms", "compiled_core", "hot", "cloud", "calls", "rungs", "group_commit", "resident_bytes", "turns_appended", "flush", "upkeep", "ownership")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
@@ -41,6 +41,7 @@ class GetStatusResponse(_message.Message):
     TURNS_APPENDED_FIELD_NUMBER: _ClassVar[int]
     FLUSH_FIELD_NUMBER: _ClassVar[int]
     UPKEEP_FIELD_NUMBER: _ClassVar[int]
+    OWNERSHIP_FIELD_NUMBER: _ClassVar[int]
     version: str
     node: str
     incarnation: bytes
@@ -56,7 +57,47 @@ class GetStatusResponse(_message.Message):
     turns_appended: int
     flush: FlushStatus
     upkeep: UpkeepStatus
-    def __init__(self, version: _Optional[str] = ..., node: _Optional[str] = ..., incarnation: _Optional[bytes] = ..., phase: _Optional[_Union[NodePhase, str]] = ..., started_at_unix_ms: _Optional[int] = ..., compiled_core: _Optional[bool] = ..., hot: _Optional[_Union[HotTierStatus, _Mapping]] = ..., cloud: _Optional[_Union[CloudTierStatus, _Mapping]] = ..., calls: _Optional[_Iterable[_Union[CallCount, _Mapping]]] = ..., rungs: _Optional[_Iterable[_Union[RungCount, _Mapping]]] = ..., group_commit: _Optional[_Union[GroupCommitStatus, _Mapping]] = ..., resident_bytes: _Optional[int] = ..., turns_appended: _Optional[int] = ..., flush: _Optional[_Union[FlushStatus, _Mapping]] = ..., upkeep: _Optional[_Union[UpkeepStatus, _Mapping]] = ...) -> None: ...
+    ownership: OwnershipStatus
+    def __init__(self, version: _Optional[str] = ..., node: _Optional[str] = ..., incarnation: _Optional[bytes] = ..., phase: _Optional[_Union[NodePhase, str]] = ..., started_at_unix_ms: _Optional[int] = ..., compiled_core: _Optional[bool] = ..., hot: _Optional[_Union[HotTierStatus, _Mapping]] = ..., cloud: _Optional[_Union[CloudTierStatus, _Mapping]] = ..., calls: _Optional[_Iterable[_Union[CallCount, _Mapping]]] = ..., rungs: _Optional[_Iterable[_Union[RungCount, _Mapping]]] = ..., group_commit: _Optional[_Union[GroupCommitStatus, _Mapping]] = ..., resident_bytes: _Optional[int] = ..., turns_appended: _Optional[int] = ..., flush: _Optional[_Union[FlushStatus, _Mapping]] = ..., upkeep: _Optional[_Union[UpkeepStatus, _Mapping]] = ..., ownership: _Optional[_Union[OwnershipStatus, _Mapping]] = ...) -> None: ...
+
+class OwnershipStatus(_message.Message):
+    __slots__ = ("owned_sessions", "fenced_sessions", "claims", "steals", "fenced", "forwarded", "answered_for_others", "rescues", "watchers")
+    class RescuesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    OWNED_SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    FENCED_SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    CLAIMS_FIELD_NUMBER: _ClassVar[int]
+    STEALS_FIELD_NUMBER: _ClassVar[int]
+    FENCED_FIELD_NUMBER: _ClassVar[int]
+    FORWARDED_FIELD_NUMBER: _ClassVar[int]
+    ANSWERED_FOR_OTHERS_FIELD_NUMBER: _ClassVar[int]
+    RESCUES_FIELD_NUMBER: _ClassVar[int]
+    WATCHERS_FIELD_NUMBER: _ClassVar[int]
+    owned_sessions: int
+    fenced_sessions: int
+    claims: int
+    steals: int
+    fenced: int
+    forwarded: _containers.RepeatedCompositeFieldContainer[ForwardCount]
+    answered_for_others: int
+    rescues: _containers.ScalarMap[str, int]
+    watchers: int
+    def __init__(self, owned_sessions: _Optional[int] = ..., fenced_sessions: _Optional[int] = ..., claims: _Optional[int] = ..., steals: _Optional[int] = ..., fenced: _Optional[int] = ..., forwarded: _Optional[_Iterable[_Union[ForwardCount, _Mapping]]] = ..., answered_for_others: _Optional[int] = ..., rescues: _Optional[_Mapping[str, int]] = ..., watchers: _Optional[int] = ...) -> None: ...
+
+class ForwardCount(_message.Message):
+    __slots__ = ("node", "outcome", "count")
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    node: str
+    outcome: str
+    count: int
+    def __init__(self, node: _Optional[str] = ..., outcome: _Optional[str] = ..., count: _Optional[int] = ...) -> None: ...
 
 class FlushStatus(_message.Message):
     __slots__ = ("in_flight", "width", "failing_ms", "last_error", "commits", "merges")

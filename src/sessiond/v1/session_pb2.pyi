@@ -471,3 +471,21 @@ class WatchSessionResponse(_message.Message):
     deleted: bool
     missing: _containers.RepeatedCompositeFieldContainer[_context_pb2.MissingRange]
     def __init__(self, turns: _Optional[_Iterable[_Union[_turn_pb2.Turn, _Mapping]]] = ..., head: _Optional[_Union[_turn_pb2.TurnPosition, _Mapping]] = ..., checkpoint_version: _Optional[int] = ..., cloud_seq: _Optional[int] = ..., epoch_changed: _Optional[bool] = ..., deleted: _Optional[bool] = ..., missing: _Optional[_Iterable[_Union[_context_pb2.MissingRange, _Mapping]]] = ...) -> None: ...
+
+class ListOrphansRequest(_message.Message):
+    __slots__ = ("session_id", "user_id", "page_token")
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    USER_ID_FIELD_NUMBER: _ClassVar[int]
+    PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    session_id: str
+    user_id: str
+    page_token: str
+    def __init__(self, session_id: _Optional[str] = ..., user_id: _Optional[str] = ..., page_token: _Optional[str] = ...) -> None: ...
+
+class ListOrphansResponse(_message.Message):
+    __slots__ = ("turns", "next_page_token")
+    TURNS_FIELD_NUMBER: _ClassVar[int]
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    turns: _containers.RepeatedCompositeFieldContainer[_turn_pb2.Turn]
+    next_page_token: str
+    def __init__(self, turns: _Optional[_Iterable[_Union[_turn_pb2.Turn, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...

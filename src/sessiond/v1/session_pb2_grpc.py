@@ -107,6 +107,11 @@ class SessionServiceStub:
                 request_serializer=sessiond_dot_v1_dot_session__pb2.WatchSessionRequest.SerializeToString,
                 response_deserializer=sessiond_dot_v1_dot_session__pb2.WatchSessionResponse.FromString,
                 _registered_method=True)
+        self.ListOrphans = channel.unary_unary(
+                '/sessiond.v1.SessionService/ListOrphans',
+                request_serializer=sessiond_dot_v1_dot_session__pb2.ListOrphansRequest.SerializeToString,
+                response_deserializer=sessiond_dot_v1_dot_session__pb2.ListOrphansResponse.FromString,
+                _registered_method=True)
 
 
 class SessionServiceServicer:
@@ -213,6 +218,14 @@ class SessionServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListOrphans(self, request, context):
+        """Returns acknowledged turns that are not in the log: a node had them that was cut off while another took over, and
+        the session had gone on without them. To have them in the log, append them again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SessionServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -285,6 +298,11 @@ def add_SessionServiceServicer_to_server(servicer, server):
                     servicer.WatchSession,
                     request_deserializer=sessiond_dot_v1_dot_session__pb2.WatchSessionRequest.FromString,
                     response_serializer=sessiond_dot_v1_dot_session__pb2.WatchSessionResponse.SerializeToString,
+            ),
+            'ListOrphans': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListOrphans,
+                    request_deserializer=sessiond_dot_v1_dot_session__pb2.ListOrphansRequest.FromString,
+                    response_serializer=sessiond_dot_v1_dot_session__pb2.ListOrphansResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -668,6 +686,33 @@ class SessionService:
             '/sessiond.v1.SessionService/WatchSession',
             sessiond_dot_v1_dot_session__pb2.WatchSessionRequest.SerializeToString,
             sessiond_dot_v1_dot_session__pb2.WatchSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListOrphans(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sessiond.v1.SessionService/ListOrphans',
+            sessiond_dot_v1_dot_session__pb2.ListOrphansRequest.SerializeToString,
+            sessiond_dot_v1_dot_session__pb2.ListOrphansResponse.FromString,
             options,
             channel_credentials,
             insecure,
