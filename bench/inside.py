@@ -16,8 +16,9 @@ import msgpack
 from bench import talk
 from sessiond import daemon
 from sessiond.core import rules
+from sessiond.service.ownership import Parts
 from sessiond.service.prepare import prepare_turns
-from sessiond.service.sessions import Parts, Sessions
+from sessiond.service.sessions import Sessions
 from sessiond.tiers.cloud.bucket import open_bucket
 from sessiond.tiers.cloud.counting import CountingStore
 from sessiond.tiers.cloud.lease import Lease

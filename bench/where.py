@@ -26,8 +26,9 @@ from sessiond.core import rules
 from sessiond.core import state as states
 from sessiond.service import context as contexts
 from sessiond.service.node import CallCounts
+from sessiond.service.ownership import Call, Parts
 from sessiond.service.prepare import Spec, prepare_turns
-from sessiond.service.sessions import Call, Parts, Sessions
+from sessiond.service.sessions import Sessions
 from sessiond.tiers.hot import log
 from sessiond.tiers.hot.environment import Transaction
 from sessiond.tiers.hot.rows import decode_head, encode_head, unwrap

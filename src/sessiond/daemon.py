@@ -22,7 +22,8 @@ from sessiond import __version__, core, telemetry
 from sessiond.config import Settings
 from sessiond.errors import Denied, SessiondError, Unavailable
 from sessiond.service.node import CallCounts, Node
-from sessiond.service.sessions import Parts, Sessions
+from sessiond.service.ownership import Ownership, Parts
+from sessiond.service.sessions import Sessions
 from sessiond.tiers.cloud.bucket import open_bucket
 from sessiond.tiers.cloud.counting import CountingStore
 from sessiond.tiers.cloud.fit import ensure_fit
@@ -34,6 +35,7 @@ from sessiond.tiers.hot.log import doubt_owned
 from sessiond.tiers.hydrate import Claims, Segments
 from sessiond.tiers.hydrate import Node as NodeIdentity
 from sessiond.tiers.local_disk import refuse_network
+from sessiond.tiers.peers import Peers
 from sessiond.tiers.steady import SteadyClock
 from sessiond.tiers.upkeep import Upkeep
 from sessiond.tokens import Tokenizer
@@ -142,6 +144,7 @@ class Daemon:
             settings.lease_ms,
             lease_lost,
             transaction_id=lambda: hot.transaction_id,
+            on_fenced=partial(fenced, hot, settings.node),
         )
         await reach(partial(take_node, lease, hot, hot.opened_at))
         identity = NodeIdentity(hot.incarnation, settings.node, settings.listen)
@@ -159,10 +162,12 @@ class Daemon:
             settings.flush_threads,
             now_ms,
             waiting_ms=settings.flush_waiting_ms,
+            tenure=lambda: None if lease.fenced else lease.tenure,
         )
         flusher.start()
         opened.callback(flusher.stop)
-        claims = Claims(hot, store, bucket, identity, time.sleep)
+        claims = Claims(hot, store, bucket, identity, time.sleep, lambda: lease.tenure)
+        peers = Peers(store, identity, settings.lease_ms)
         opened.callback(claims.close)
         executor = ThreadPoolExecutor(max_workers=STORE_THREADS, thread_name_prefix="store")
         opened.callback(executor.shutdown, wait=True, cancel_futures=True)
@@ -187,8 +192,10 @@ class Daemon:
             turn_bytes_max=settings.turn_bytes_max,
             default_budget_tokens=settings.default_budget_tokens,
             serve_unconfirmed=settings.serve_unconfirmed,
+            peers=peers,
         )
-        sessions = Sessions(parts)
+        ownership = Ownership(parts)
+        sessions = Sessions(parts, ownership)
         upkeep = Upkeep(
             hot,
             store,
@@ -196,7 +203,7 @@ class Daemon:
             identity,
             flusher,
             tenants=lambda: [TENANT],
-            resumed_ms=sessions.resumed_ms,
+            resumed_ms=ownership.resumed_ms,
             clock_ms=now_ms,
             steady_ms=expiry_ms,
             running_ms=expiry_ms.running_ms,
@@ -313,15 +320,23 @@ def take_node(lease: Lease, hot: Environment, opened_at: int) -> None:
 
     def believe(holder: dict[str, Any] | None) -> None:
         ours = holder is not None and holder.get("incarnation") == hot.incarnation
+        # Another node took this one for gone, and may have taken sessions of it.
+        fenced = holder is not None and bool(holder.get("fenced"))
         if ours and holder is not None and int(holder.get("txn", 0)) > opened_at:
             # An older copy of the disk was put back: what it says it owns went on without it.
             lease.rename(hot.mint_incarnation())
             ours = False
-        if not ours:
+        if not ours or fenced:
             # Another hot tier, or none, held this node's name since these rows were written: they may own nothing now.
             doubt_all(hot)
 
     lease.acquire(believe)
+
+
+def fenced(hot: Environment, node: str) -> None:
+    """Another node took this one for gone while it stood still: what it owned may be another's now."""
+    log.warning(telemetry.FENCED, node=node)
+    doubt_all(hot)
 
 
 def doubt_all(hot: Environment) -> None:

@@ -161,6 +161,12 @@ REASONS: dict[str, Reason] = {
     "NOT_OWNER": Reason(
         Unavailable, "UNAVAILABLE", "Send the call to the owning node, or wait until it releases the session.", 1000
     ),
+    "OWNER_UNREACHABLE": Reason(
+        Unavailable,
+        "UNAVAILABLE",
+        "Try again: another node takes the session over once its owner's lease has stood still for three lease times.",
+        500,
+    ),
     "EPOCH_LOST": Reason(Conflict, "ABORTED", "Another node wrote this session first; send the call again."),
     "EPOCH_FENCED": Reason(Unavailable, "UNAVAILABLE", "Another node took the session over; send the call again.", 200),
     "PINS_FULL": Reason(

@@ -21,7 +21,7 @@ from sessiond import offline
 from sessiond.config import Settings
 from sessiond.core.manifest import LIFECYCLE_DELETED, Manifest
 from sessiond.errors import Denied, NotFound, SessiondError
-from sessiond.service.sessions import REASON_LOST
+from sessiond.service.ownership import REASON_LOST
 from sessiond.tiers.cloud.bucket import Bucket
 from sessiond.tiers.cloud.store import ObjectStore
 from sessiond.tiers.hot import log

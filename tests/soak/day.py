@@ -22,7 +22,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from sessiond.core.expiry import DAY_MS
-from sessiond.service.sessions import Call, Parts, Sessions
+from sessiond.service.ownership import Call, Parts
+from sessiond.service.sessions import Sessions
 from sessiond.tiers import flush as flushing
 from sessiond.tiers.cloud.bucket import open_bucket
 from sessiond.tiers.cloud.counting import CountingStore
@@ -117,7 +118,7 @@ class Day:
             node,
             self.flusher,
             tenants=lambda: ["default"],
-            resumed_ms=self.service.resumed_ms,
+            resumed_ms=self.service.ownership.resumed_ms,
             clock_ms=clock,
             steady_ms=clock,
             running_ms=clock,
@@ -234,7 +235,7 @@ class Day:
             await asyncio.to_thread(self.rest)
             if step % every == 0:
                 self.sample(step)
-        await self.service.settle()
+        await self.service.ownership.settle()
         self.sample(24 * HOUR_MS // STEP_MS)
 
     def rest(self) -> None:

@@ -25,7 +25,8 @@ from sessiond.core import state as states
 from sessiond.core.manifest import KEPT_BYTES_MAX, Manifest, decode_meta
 from sessiond.daemon import doubt_all
 from sessiond.errors import Corrupt, SessiondError, Unavailable
-from sessiond.service.sessions import Call, Parts, Sessions
+from sessiond.service.ownership import Call, Parts
+from sessiond.service.sessions import Sessions
 from sessiond.tiers import flush as flushing
 from sessiond.tiers.cloud.bucket import open_bucket
 from sessiond.tiers.cloud.folder import FolderStore
@@ -210,7 +211,7 @@ class LiveNode:
             session_id=S, context=context_pb2.ContextSpec(budget_tokens=200_000), **fields
         )
         reply = self.world.run(self.sessions.resume(self.call, request))
-        self.world.run(self.sessions.settle())
+        self.world.run(self.sessions.ownership.settle())
         return context_pb2.ActiveContext.FromString(reply)
 
     # What the node does by itself ------------------------------------------------------------------------------
@@ -243,7 +244,7 @@ class LiveNode:
         return found
 
     def close(self) -> None:
-        self.world.run(self.sessions.settle())
+        self.world.run(self.sessions.ownership.settle())
         self.flusher.stop()
         self.claims.close()
         for executor in self.executors:

@@ -58,7 +58,7 @@ class Node:
             self.live.node,
             self.live.flusher,
             tenants=lambda: ["default"],
-            resumed_ms=self.live.sessions.resumed_ms,
+            resumed_ms=self.live.sessions.ownership.resumed_ms,
             clock_ms=world.clock,
             steady_ms=world.clock,
             running_ms=world.clock,
@@ -84,7 +84,7 @@ class Node:
             session_id=session, context=context_pb2.ContextSpec(budget_tokens=100_000)
         )
         reply = self.world.run(self.live.sessions.resume(self.live.call, request))
-        self.world.run(self.live.sessions.settle())
+        self.world.run(self.live.sessions.ownership.settle())
         return context_pb2.ActiveContext.FromString(reply)
 
     def get(self, session: str) -> session_pb2.Session:

@@ -15,8 +15,9 @@ from typing import Final
 from sessiond import core
 from sessiond.core import rules
 from sessiond.errors import REASONS, SessiondError, reason_of
+from sessiond.service.ownership import Call, Parts
 from sessiond.service.prepare import check_session_id
-from sessiond.service.sessions import Call, Parts, Sessions
+from sessiond.service.sessions import Sessions
 from sessiond.tiers.cloud.counting import CountingStore
 from sessiond.tiers.cloud.lease import boot_clock_ms
 from sessiond.tiers.flush import Flushed
@@ -201,13 +202,15 @@ class Node:
     async def drain(self, grace_ms: int) -> AsyncIterator[admin_pb2.DrainResponse]:
         """Refuse new work, then flush and release every session; the last progress says how it ended."""
         parts = self._parts
-        self._sessions.draining = True
+        self._sessions.ownership.draining = True
         if self.phase != admin_pb2.NODE_PHASE_DRAINED:
             self.set_phase(admin_pb2.NODE_PHASE_DRAINING)
         deadline_ms = boot_clock_ms() + (grace_ms or self._grace_ms)
         # A claim on its way would own a session after the drain had looked.
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._sessions.settle(), max(0.001, (deadline_ms - boot_clock_ms()) / 1000))
+            await asyncio.wait_for(
+                self._sessions.ownership.settle(), max(0.001, (deadline_ms - boot_clock_ms()) / 1000)
+            )
         progress = admin_pb2.DrainResponse()
         seen: Counter[str] = Counter()
         while True:

@@ -9,13 +9,10 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Awaitable, Callable
-from concurrent.futures import Executor
-from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 from sessiond.core import rules
 from sessiond.core import state as states
-from sessiond.core.expiry import lifecycle_at
 from sessiond.core.manifest import LIFECYCLE_ACTIVE, LIFECYCLE_ARCHIVED, LIFECYCLE_DELETED, Manifest
 from sessiond.core.state import State
 from sessiond.errors import (
@@ -30,6 +27,20 @@ from sessiond.errors import (
 )
 from sessiond.service import context as contexts
 from sessiond.service.context import ColdSource, HotSource, Source, Standing
+from sessiond.service.ownership import (
+    INLINE_COUNT_BYTES_MAX,
+    OWN_ATTEMPTS_MAX,
+    REASON_LOST,
+    Call,
+    OwnedElsewhere,
+    Ownership,
+    Parts,
+    Succession,
+    check_user,
+    draining,
+    not_found,
+    unreachable,
+)
 from sessiond.service.pages import open_page, seal_page
 from sessiond.service.prepare import (
     Spec,
@@ -42,10 +53,8 @@ from sessiond.service.prepare import (
     prepare_turn,
     prepare_turns,
 )
-from sessiond.tiers.cloud.bucket import Bucket, refusal
-from sessiond.tiers.cloud.lease import Lease, boot_clock_ms
-from sessiond.tiers.cloud.store import ObjectStore, StoreError
-from sessiond.tiers.flush import Flusher
+from sessiond.tiers.cloud.bucket import refusal
+from sessiond.tiers.cloud.store import StoreError
 from sessiond.tiers.hot import log
 from sessiond.tiers.hot.environment import Environment, Transaction
 from sessiond.tiers.hot.rows import (
@@ -61,18 +70,10 @@ from sessiond.tiers.hot.rows import (
     unwrap_text,
 )
 from sessiond.tiers.hydrate import (
-    Claims,
     Cold,
-    Node,
-    Segments,
-    claimed_epoch,
     first_manifest,
     indexed_session,
-    load,
-    revalidate,
-    unavailable_owner,
 )
-from sessiond.tokens import Tokenizer
 from sessiond.v1 import context_pb2, session_pb2, turn_pb2
 
 LIST_PAGE_MAX: Final = 200
@@ -82,247 +83,26 @@ TURNS_PAGE_DEFAULT: Final = 100
 # Below the 4 MiB that a gRPC client takes by default.
 PAGE_BYTES_MAX: Final = 3 * 1024**2
 CONFLICT_TAIL_BYTES_MAX: Final = 1024**2
-# Requests up to this are counted on the loop: a thread costs more (bench/README.md), and 4 KiB take below half a ms.
-INLINE_COUNT_BYTES_MAX: Final = 4096
 # A read that keeps finding the session changed under it gives up.
 ATTEMPTS_MAX: Final = 64
-OWN_ATTEMPTS_MAX: Final = 12
-# Sessions of which it is remembered when they were last read; others go by their newest turn.
-RESUMED_MAX: Final = 65_536
 # Left of a caller's deadline for the reply itself.
 REPLY_MARGIN_MS: Final = 20
 
-REASON_LOST: Final = context_pb2.MISSING_REASON_HOT_TIER_LOST
-REASON_UNREACHABLE: Final = context_pb2.MISSING_REASON_OWNER_UNREACHABLE
-
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """Who calls, and how long they wait. deadline_ms: by boot_clock_ms, None for no limit."""
-
-    tenant: str
-    deadline_ms: int | None
-
-
-@dataclass
-class Parts:
-    """What the service works with; `daemon` wires it."""
-
-    hot: Environment
-    store: ObjectStore
-    bucket: Bucket
-    node: Node
-    lease: Lease
-    flusher: Flusher
-    claims: Claims
-    segments: Segments
-    tokenizer: Tokenizer
-    executor: Executor
-    counting: Executor
-    clock_ms: Callable[[], int]
-    expiry_ms: Callable[[], int]
-    latest_ms: Callable[[], int]
-    running_ms: Callable[[], int]
-    turn_bytes_max: int
-    default_budget_tokens: int
-    serve_unconfirmed: bool = True
 
 
 class Sessions:
     """SessionService, without the wire."""
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Parts, ownership: Ownership | None = None) -> None:
         self._parts = parts
         self._hot = parts.hot
-        self._loads: dict[bytes, asyncio.Task[Cold | None]] = {}
-        self._claiming: dict[bytes, asyncio.Task[bool]] = {}
-        self._creating: set[asyncio.Future[bool]] = set()
-        self.draining = False
+        self._own = self.ownership = ownership or Ownership(parts)
         self.rungs = dict.fromkeys(("HOT", "CLOUD", "PARTIAL", "RESET"), 0)
         self.turns_appended = 0
-        # When sessions were last read, the newest last: reading writes nothing.
-        self._resumed_ms: dict[bytes, int] = {}
 
     def _hash(self, call: Call, session_id: str) -> bytes:
         return rules.session_hash(self._parts.bucket.hash_key, call.tenant, check_session_id(session_id))
-
-    async def _off_loop(self, work: Callable[..., Result], *arguments: Any) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self._parts.executor, work, *arguments)
-
-    async def _counted(self, size_bytes: int, work: Callable[..., Result], *arguments: Any) -> Result:
-        if size_bytes <= INLINE_COUNT_BYTES_MAX:
-            return work(*arguments)
-        # A pool of its own: a store that hangs must not hold up appends to sessions that are hot.
-        return await asyncio.get_running_loop().run_in_executor(self._parts.counting, work, *arguments)
-
-    # Finding a session -------------------------------------------------------------------------------------------
-
-    async def _load(self, h: bytes) -> Cold | None:
-        """The session as the cloud tier has it now; callers that ask at the same time share one GET."""
-        task = self._loads.get(h)
-        if task is None:
-            task = asyncio.ensure_future(self._off_loop(load, self._parts.store, h))
-            self._loads[h] = task
-            task.add_done_callback(lambda _: self._loads.pop(h, None))
-        return await asyncio.shield(task)
-
-    async def _cold(self, h: bytes, session_id: str, user_id: str) -> Cold:
-        """The cloud tier's copy of a session that is not hot here. Raises NotFound, Unavailable, Corrupt."""
-        head = self._peek(h)
-        if head is not None and head.phase == PHASE_RELEASING and not self.draining:
-            # A release that was cut short: finish it, then take the session like any other.
-            await asyncio.wrap_future(self._parts.flusher.request(h, release=True))
-        cold = await self._load(h)
-        if cold is None:
-            raise not_found(session_id)
-        check_user(session_id, cold.manifest.user, user_id)
-        if cold.manifest.lifecycle == LIFECYCLE_DELETED:
-            if head is not None and head.lifecycle != LIFECYCLE_DELETED:
-                await self._off_loop(self._parts.claims.note_deleted, h)
-            raise log.deleted(session_id)
-        if self._lifecycle(cold.manifest) == LIFECYCLE_DELETED:
-            raise log.deleted(session_id)
-        return cold
-
-    def _lifecycle(self, what: Head | Manifest) -> int:
-        """Where a session is in its life now; its time may have come before anybody wrote that down."""
-        if not what.expires_ms:
-            return what.lifecycle
-        return lifecycle_at(what.lifecycle, what.policy, what.expires_ms, self._parts.expiry_ms())
-
-    def _admit(self, session_id: str, head: Head, user_id: str) -> None:
-        """Let a caller at a session that this node owns. Raises NotFound."""
-        check_user(session_id, head.user, user_id)
-        if self._lifecycle(head) == LIFECYCLE_DELETED:
-            raise log.deleted(session_id)
-
-    def resumed_ms(self, h: bytes) -> int:
-        """When the session was last read from the hot tier; 0 if that is not known any more."""
-        return self._resumed_ms.get(h, 0)
-
-    def _note_resumed(self, h: bytes) -> None:
-        self._resumed_ms.pop(h, None)
-        self._resumed_ms[h] = self._parts.running_ms()
-        if len(self._resumed_ms) > RESUMED_MAX:
-            del self._resumed_ms[next(iter(self._resumed_ms))]
-
-    def _peek(self, h: bytes) -> Head | None:
-        with self._hot.read() as transaction:
-            return log.read_head(transaction, h)
-
-    async def _settle_doubt(self, h: bytes) -> None:
-        """After this returns the session is not doubted: ours, released or fenced."""
-        head = self._peek(h)
-        if head is not None and head.phase == PHASE_DOUBTED:
-            await self._off_loop(revalidate, self._hot, self._parts.store, self._parts.node, h)
-
-    def _loss(self, manifest: Manifest) -> list[int] | None:
-        """The row to add if this node takes the session now: turns that its last owner may have acknowledged.
-
-        Raises Unavailable NOT_OWNER while another node may be alive.
-        """
-        owner = manifest.owner
-        if owner is None:
-            return None
-        if owner[0] == self._parts.node.incarnation:
-            head = self._peek(manifest.h)
-            known = head is not None and head.phase != PHASE_FENCED
-            if head is not None and known and manifest.epoch in (head.epoch, claimed_epoch(head)):
-                return None  # a claim of our own on its way into the rows, or a release on its way out
-        if owner[0] != self._parts.node.incarnation and owner[1] != self._parts.node.name:
-            raise unavailable_owner(manifest)
-        if int(manifest.policy.get("min_durability", 0)) == DURABILITY_CLOUD:
-            return None
-        # The owner's hot tier is gone: this node holds the owner's name, and not its rows.
-        return [manifest.epoch, manifest.head, REASON_LOST, 0]
-
-    async def settle(self) -> None:
-        """Return once no creation or claim is on its way; after `draining` is set, none begins."""
-        while self._creating or self._claiming:
-            await asyncio.wait({*self._creating, *self._claiming.values()})
-
-    def _start_claim(self, h: bytes, cold: Cold, loss: list[int] | None) -> asyncio.Task[bool]:
-        """Take the session; one claim at a time."""
-        task = self._claiming.get(h)
-        if task is None:
-            task = asyncio.ensure_future(self._claim(h, cold, loss))
-            self._claiming[h] = task
-            task.add_done_callback(lambda done: self._claim_done(h, done))
-        return task
-
-    def _claim_done(self, h: bytes, task: asyncio.Task[bool]) -> None:
-        self._claiming.pop(h, None)
-        if not task.cancelled():
-            task.exception()  # whoever awaits it sees it; a background claim is tried again by the next call
-
-    async def _claim(self, h: bytes, cold: Cold, loss: list[int] | None) -> bool:
-        head = self._peek(h)
-        if (
-            head is not None
-            and head.phase == PHASE_CLAIMING
-            and await self._off_loop(self._parts.claims.resume_claim, cold, head)
-        ):
-            return True
-        return await self._off_loop(self._parts.claims.claim, cold, loss, self._parts.clock_ms())
-
-    async def _own(self, h: bytes, session_id: str, user_id: str, *, writes: bool = False) -> None:
-        """Return once this node owns the session and holds its rows. writes: in order to append to it.
-
-        Raises NotFound, Unavailable, Corrupt, Denied SESSION_ARCHIVED.
-        """
-        for attempt in range(OWN_ATTEMPTS_MAX):
-            await self._settle_doubt(h)
-            head = self._peek(h)
-            if head is not None and head.phase == PHASE_OWNED:
-                self._admit(session_id, head, user_id)
-                return
-            if self.draining:
-                raise draining()
-            claiming = self._claiming.get(h)
-            if claiming is None:
-                cold = await self._cold(h, session_id, user_id)
-                if writes and self._lifecycle(cold.manifest) == LIFECYCLE_ARCHIVED:
-                    raise log.archived(session_id)  # before a claim that would change nothing
-                claiming = self._start_claim(h, cold, self._loss(cold.manifest))
-            if not await asyncio.shield(claiming):
-                await asyncio.sleep(min(0.25, 0.005 * 2**attempt))
-        raise Unavailable("NOT_OWNER", f"Session {session_id!r} keeps changing hands.", {"session_id": session_id})
-
-    async def _backfill(self, h: bytes, needed: log.HistoryNeeded) -> None:
-        """Fetch the segment just below the hot rows, and put it in front of them."""
-        with self._hot.read() as transaction:
-            head = log.read_head(transaction, h)
-            value = transaction.get("manifests", h)
-            if head is None or value is None:
-                return  # released meanwhile: the caller looks again
-            if needed.first_seq >= head.hot_first:
-                try:
-                    log.frame_at(transaction, h, needed.first_seq)
-                except log.HistoryNeeded:
-                    what = f"Turn {needed.first_seq} of session {h.hex()} is missing from its rows."
-                    raise Corrupt("CORRUPT_HOT_ROW", what) from None
-                return  # somebody else fetched it
-            manifest = decode_committed(h, value)
-        last_seq = head.hot_first - 1
-
-        def fetch() -> None:
-            first_seq, _, frames = self._parts.segments.covering(manifest, last_seq)
-            self._hot.run_blocking(lambda txn: log.backfill_rows(txn, h, frames, first_seq), len(frames))
-
-        await self._off_loop(fetch)
-
-    def _ownership(self) -> int:
-        if self._parts.lease.is_valid():
-            return context_pb2.OWNERSHIP_CONFIRMED
-        if not self._parts.serve_unconfirmed:
-            raise Unavailable("LEASE_LAPSED", "The node's lease has lapsed.")
-        return context_pb2.OWNERSHIP_UNCONFIRMED
-
-    def _check_not_fenced(self) -> None:
-        if self._parts.lease.lost:
-            raise Unavailable("EPOCH_FENCED", "Another daemon took over this node's name.")
 
     # Create, get, list -------------------------------------------------------------------------------------------
 
@@ -333,9 +113,9 @@ class Sessions:
         check_user_id(request.user_id)
         policy = check_policy(request.policy)
         metadata = check_metadata(dict(request.metadata), "metadata")
-        if self.draining:
+        if self._own.draining:
             raise draining()
-        self._check_not_fenced()
+        self._own.check_not_fenced()
         now_ms = self._parts.latest_ms()
         if request.created_at_unix_ms >= 1 << 47:
             raise invalid("INVALID_CONTEXT", "created_at_unix_ms", "it lies beyond the year 6429")
@@ -347,18 +127,18 @@ class Sessions:
             "forked_seq": 0,
             "reset_of": "",
         }
-        known = self._peek(h)
+        known = self._own.peek(h)
         created = False
         if known is None or known.phase == PHASE_CLAIMING:
             manifest = first_manifest(
                 self._parts.node, call.tenant, session_id, request.user_id, h, birth, policy, now_ms
             )
-            creating = asyncio.ensure_future(self._off_loop(self._parts.claims.create, manifest))
-            self._creating.add(creating)
-            creating.add_done_callback(self._creating.discard)
+            creating = asyncio.ensure_future(self._own.off_loop(self._parts.claims.create, manifest))
+            self._own.creating.add(creating)
+            creating.add_done_callback(self._own.creating.discard)
             created = await asyncio.shield(creating)
         try:
-            session = await self._describe(h, session_id, request.user_id)
+            session = await self._describe(call, h, session_id, request.user_id)
         except NotFound as error:
             if error.reason == "SESSION_DELETED":
                 raise
@@ -374,29 +154,27 @@ class Sessions:
         """A session without its turns."""
         h = self._hash(call, request.session_id)
         check_user_id(request.user_id)
-        session = await self._describe(h, request.session_id, request.user_id)
+        session = await self._describe(call, h, request.session_id, request.user_id)
         return session_pb2.GetSessionResponse(session=session)
 
-    async def _describe(self, h: bytes, session_id: str, user_id: str) -> session_pb2.Session:
-        await self._settle_doubt(h)
+    async def _describe(self, call: Call, h: bytes, session_id: str, user_id: str) -> session_pb2.Session:
+        await self._own.settle_doubt(h)
         with self._hot.read() as transaction:
             head = log.read_head(transaction, h)
             if head is not None and head.phase == PHASE_OWNED:
-                self._admit(session_id, head, user_id)
+                self._own.admit(session_id, head, user_id)
                 log.check_newest(transaction, h, head)
                 manifest = decode_committed(h, transaction.get("manifests", h))
                 return self._session_proto(
                     head.session, head.user, manifest, states.decode(head.state), head, self._missing(head.loss)
                 )
-        cold = await self._cold(h, session_id, user_id)
-        return self._cold_proto(cold.manifest)
+        cold = await self._own.cold(h, session_id, user_id)
+        return self._cold_proto(cold.manifest, await self._own.succession(call, cold))
 
-    def _cold_proto(self, manifest: Manifest) -> session_pb2.Session:
-        try:
-            loss = self._loss(manifest)
-            missing = self._missing([*manifest.loss, *([loss] if loss else [])])
-        except Unavailable:
-            missing = self._missing(manifest.loss) + [unreachable(manifest)]
+    def _cold_proto(self, manifest: Manifest, found: Succession) -> session_pb2.Session:
+        missing = self._missing([*manifest.loss, *([found.loss] if found.loss else [])])
+        if not found.takeable:
+            missing.append(unreachable(manifest))
         state = states.decode(manifest.state)
         return self._session_proto(manifest.session, manifest.user, manifest, state, None, missing)
 
@@ -410,7 +188,7 @@ class Sessions:
         missing: list[context_pb2.MissingRange],
     ) -> session_pb2.Session:
         birth = manifest.birth
-        lifecycle = self._lifecycle(head or manifest)
+        lifecycle = self._own.lifecycle(head or manifest)
         owner = manifest.owner
         return session_pb2.Session(
             session_id=session_id,
@@ -435,7 +213,7 @@ class Sessions:
             reset_of_session_id=str(birth.get("reset_of", "")),
             missing=missing,
             owner_node=self._parts.node.name if head else (str(owner[1]) if owner else ""),
-            ownership=self._ownership() if head else context_pb2.OWNERSHIP_CONFIRMED,  # type: ignore[arg-type]
+            ownership=self._own.standing() if head else context_pb2.OWNERSHIP_CONFIRMED,
         )
 
     async def list_sessions(
@@ -460,11 +238,11 @@ class Sessions:
                 raise refusal(error) from error
 
         try:
-            keys = await self._off_loop(page)
+            keys = await self._own.off_loop(page)
         except Unavailable:
             return self._list_hot(call, user, size, query, request.page_token and start_after)
         hashes = [bytes.fromhex(key.rsplit("-", 1)[1]) for key in keys]
-        found = await asyncio.gather(*(self._listed(key, h) for key, h in zip(keys, hashes, strict=True)))
+        found = await asyncio.gather(*(self._listed(call, key, h) for key, h in zip(keys, hashes, strict=True)))
         response = session_pb2.ListSessionsResponse()
         for item in found:
             if isinstance(item, session_pb2.Session):
@@ -493,7 +271,7 @@ class Sessions:
                 except Corrupt as error:
                     response.unreadable.add(session_id=unwrap_text(h, "users", name), reason=error.reason)
                     continue
-                if head is None or head.phase != PHASE_OWNED or self._lifecycle(head) == LIFECYCLE_DELETED:
+                if head is None or head.phase != PHASE_OWNED or self._own.lifecycle(head) == LIFECYCLE_DELETED:
                     continue
                 if len(response.sessions) == size:
                     response.next_page_token = seal_page(bucket.hash_key, query, [last])
@@ -506,28 +284,34 @@ class Sessions:
                 response.sessions.append(self._session_proto(head.session, head.user, manifest, state, head, missing))
         return response
 
-    async def _listed(self, key: str, h: bytes) -> session_pb2.Session | session_pb2.UnreadableSession | None:
+    async def _listed(
+        self, call: Call, key: str, h: bytes
+    ) -> session_pb2.Session | session_pb2.UnreadableSession | None:
         try:
-            await self._settle_doubt(h)
+            await self._own.settle_doubt(h)
             with self._hot.read() as transaction:
                 head = log.read_head(transaction, h)
                 if head is not None and head.phase == PHASE_OWNED:
                     manifest = decode_committed(h, transaction.get("manifests", h))
-                    if not self._is_indexed_by(key, manifest) or self._lifecycle(head) == LIFECYCLE_DELETED:
+                    if not self._is_indexed_by(key, manifest) or self._own.lifecycle(head) == LIFECYCLE_DELETED:
                         return None
                     missing = self._missing(head.loss)
                     return self._session_proto(
                         head.session, head.user, manifest, states.decode(head.state), head, missing
                     )
-            cold = await self._load(h)
+            cold = await self._own.load(h)
             # A row of the index without a manifest is a creation that was never acknowledged.
-            if cold is None or self._lifecycle(cold.manifest) == LIFECYCLE_DELETED:
+            if cold is None or self._own.lifecycle(cold.manifest) == LIFECYCLE_DELETED:
                 return None
             if not self._is_indexed_by(key, cold.manifest):
                 return None
-            return self._cold_proto(cold.manifest)
+            try:
+                found = await self._own.succession(call, cold)
+            except OwnedElsewhere:
+                found = Succession(None, False)  # nobody is asked for the sake of a list: it shows what is flushed
+            return self._cold_proto(cold.manifest, found)
         except Corrupt as error:
-            name = await self._off_loop(indexed_session, self._parts.store, key)
+            name = await self._own.off_loop(indexed_session, self._parts.store, key)
             return session_pb2.UnreadableSession(session_id=name, reason=error.reason)
 
     def _is_indexed_by(self, key: str, manifest: Manifest) -> bool:
@@ -544,14 +328,14 @@ class Sessions:
         if request.reset_to_session_id:
             raise not_served("reset_to_session_id")
         if request.HasField("accept_missing"):
-            await self._accept_missing(h, request)
+            await self._accept_missing(call, h, request)
         spec: Spec | None = None
         fetched = False
         for _ in range(ATTEMPTS_MAX):
             with self._hot.read() as transaction:
                 head = log.read_head(transaction, h)
                 if head is not None and head.phase == PHASE_OWNED:
-                    self._admit(request.session_id, head, request.user_id)
+                    self._own.admit(request.session_id, head, request.user_id)
                     if spec is None:
                         spec = self._inline_spec(request.context, head.policy)
                     if spec is not None:
@@ -566,17 +350,17 @@ class Sessions:
                             needed = error
                         else:
                             self._count_rung(standing.rung)
-                            self._note_resumed(h)
+                            self._own.note_resumed(h)
                             break
             if head is None or head.phase != PHASE_OWNED:
                 if head is not None and head.phase == PHASE_DOUBTED:
-                    await self._settle_doubt(h)
+                    await self._own.settle_doubt(h)
                     continue
-                return await self._resume_cold(h, request)
+                return await self._resume_cold(call, h, request)
             if spec is None:
                 spec = await self._spec(request.context, head.policy)
                 continue
-            await self._backfill(h, needed)
+            await self._own.backfill(h, needed)
             fetched = True
         else:
             raise Unavailable("NOT_OWNER", f"Session {request.session_id!r} keeps changing.", retry_after_ms=100)
@@ -595,7 +379,7 @@ class Sessions:
 
     async def _spec(self, proto: context_pb2.ContextSpec, policy: dict[str, Any]) -> Spec:
         parts = self._parts
-        return await self._counted(
+        return await self._own.counted(
             proto.ByteSize(), Spec, proto, policy, parts.tokenizer, parts.default_budget_tokens, "context"
         )
 
@@ -618,7 +402,7 @@ class Sessions:
         """How a hot session is served: HOT, or PARTIAL where something is or may be missing."""
         standing = Standing(
             rung=context_pb2.RUNG_HOT,
-            ownership=self._ownership(),
+            ownership=self._own.standing(),
             node=self._parts.node.name,
             head_seq=head.head_seq,
             cloud_seq=head.cloud_seq,
@@ -685,12 +469,12 @@ class Sessions:
         except log.HistoryNeeded:
             return None
 
-    async def _accept_missing(self, h: bytes, request: session_pb2.ResumeSessionRequest) -> None:
+    async def _accept_missing(self, call: Call, h: bytes, request: session_pb2.ResumeSessionRequest) -> None:
         """Go on without turns of an epoch that may be missing; durable before the reply."""
         if request.read_only:
             what = "it changes the session, which read_only rules out"
             raise invalid("INVALID_CONTEXT", "accept_missing", what)
-        await self._own(h, request.session_id, request.user_id)
+        await self._own.take(call, h, request.session_id, request.user_id)
         await self._settle_loss(h, lambda row: row[0] <= request.accept_missing, accepted=True)
 
     async def _note_reached(self, h: bytes, request: session_pb2.ResumeSessionRequest) -> None:
@@ -729,9 +513,9 @@ class Sessions:
 
         await self._hot.run(operation)
 
-    async def _resume_cold(self, h: bytes, request: session_pb2.ResumeSessionRequest) -> bytes:
+    async def _resume_cold(self, call: Call, h: bytes, request: session_pb2.ResumeSessionRequest) -> bytes:
         """Serve a session from the cloud tier, and claim it behind the reply where no live node owns it."""
-        cold = await self._cold(h, request.session_id, request.user_id)
+        cold = await self._own.cold(h, request.session_id, request.user_id)
         manifest = cold.manifest
         spec = await self._spec(request.context, manifest.policy)
         state = states.decode(manifest.state)
@@ -744,17 +528,13 @@ class Sessions:
         )
         losses = list(manifest.loss)
         # What is read-only needs no owner.
-        claimable = self._lifecycle(manifest) == LIFECYCLE_ACTIVE
-        reachable = True
-        try:
-            loss = self._loss(manifest)
-            if loss is not None:
-                losses.append(loss)
-        except Unavailable:
-            claimable = reachable = False
+        claimable = self._own.lifecycle(manifest) == LIFECYCLE_ACTIVE
+        found = await self._own.succession(call, cold)
+        if found.loss is not None:
+            losses.append(found.loss)
         source = ColdSource(manifest)
         self._judge(standing, request, losses, state, source)
-        if not reachable:
+        if not found.takeable:
             standing.rung = context_pb2.RUNG_PARTIAL
             standing.missing.append(unreachable(manifest))
             standing.notice = standing.notice or "The newest part of this conversation can't be reached at the moment."
@@ -763,15 +543,21 @@ class Sessions:
                 reply = contexts.build(source, h, state, spec, standing)
                 break
             except log.HistoryNeeded as error:
-                first_seq, last_seq, frames = await self._off_loop(
+                first_seq, last_seq, frames = await self._own.off_loop(
                     self._parts.segments.covering, manifest, error.first_seq
                 )
                 source.add(first_seq, last_seq, frames)
         else:
             raise Unavailable("STORE_UNAVAILABLE", "The window needs too many segments.")
-        if claimable and not request.read_only and not self.draining and not self._parts.lease.lost:
-            self._start_claim(h, cold, loss)
-            self._note_resumed(h)
+        if (
+            claimable
+            and found.takeable
+            and not request.read_only
+            and not self._own.draining
+            and not self._parts.lease.lost
+        ):
+            self._own.start_claim(h, cold, found.loss)
+            self._own.note_resumed(h)
         self._count_rung(standing.rung)
         return reply
 
@@ -782,12 +568,12 @@ class Sessions:
         h = self._hash(call, request.session_id)
         check_user_id(request.user_id)
         check_durability(request.durability)
-        self._check_not_fenced()
+        self._own.check_not_fenced()
         if request.conflict_mode not in session_pb2.ConflictMode.values():
             raise invalid("INVALID_CONTEXT", "conflict_mode", f"{request.conflict_mode} is no conflict mode")
         if request.writer_token:
             raise not_served("writer_token")
-        turns = await self._counted(
+        turns = await self._own.counted(
             request.ByteSize(),
             prepare_turns,
             request.turns,
@@ -799,13 +585,13 @@ class Sessions:
         spec: Spec | None = None
         if request.HasField("context"):
             # A context that can't be made must be refused before anything is appended; the session's policy decides.
-            await self._own(h, request.session_id, request.user_id, writes=True)
+            await self._own.take(call, h, request.session_id, request.user_id, writes=True)
             spec = await self._spec(request.context, self._policy(h))
             if spec.new_message is not None:
                 raise invalid("INVALID_CONTEXT", "context.new_message", "an append's new message is among its turns")
         response = session_pb2.AppendTurnResponse()
         try:
-            done = await self._append(h, request.session_id, request.user_id, turns, expected, None)
+            done = await self._append(call, h, request.session_id, request.user_id, turns, expected, None)
         except Conflict as error:
             if error.reason != "EXPECTED_MISMATCH" or request.conflict_mode != session_pb2.CONFLICT_MODE_RETURN_TAIL:
                 raise
@@ -814,7 +600,7 @@ class Sessions:
         head = done.head
         if max(request.durability, head.min_durability) >= DURABILITY_CLOUD:
             await self._reach(call, h, done)
-            head = self._peek(h) or head
+            head = self._own.peek(h) or head
         self._fill(response, done, head)
         if spec is None:
             return None, response
@@ -826,11 +612,12 @@ class Sessions:
             return None, response
 
     def _policy(self, h: bytes) -> dict[str, Any]:
-        head = self._peek(h)
+        head = self._own.peek(h)
         return head.policy if head is not None else {}
 
     async def _append(
         self,
+        call: Call,
         h: bytes,
         session_id: str,
         user_id: str,
@@ -838,13 +625,9 @@ class Sessions:
         expected: tuple[int, int] | None,
         state_etag: tuple[int, int] | None,
     ) -> log.Appended:
-        if self.draining:
-            raise draining()
         weight_bytes = sum(len(turn.body) for turn in turns)
 
         def operation(transaction: Transaction) -> log.Appended | log.HistoryNeeded:
-            if self.draining:
-                raise draining()
             now_ms, running_ms = self._parts.clock_ms(), self._parts.running_ms()
 
             def birth() -> dict[str, str]:
@@ -859,19 +642,19 @@ class Sessions:
                 return needed
 
         for _ in range(ATTEMPTS_MAX):
-            await self._own(h, session_id, user_id, writes=True)
+            await self._own.take(call, h, session_id, user_id, writes=True)
             if self._hot.is_full():
                 raise hot_tier_full(self._hot)
             try:
                 outcome = await self._hot.run(operation, weight_bytes)
             except Unavailable as error:
-                if error.reason == "NOT_OWNER" and not self.draining:
-                    continue  # released in between: take it again
-                raise draining() if self.draining else error from None
+                if error.reason != "NOT_OWNER":
+                    raise
+                continue  # released in between: take it again, or hear that this node takes none any more
             if isinstance(outcome, log.Appended):
                 self.turns_appended += sum(not turn.duplicate for turn in outcome.turns)
                 return outcome
-            await self._backfill(h, outcome)
+            await self._own.backfill(h, outcome)
         raise Unavailable("NOT_OWNER", f"Session {session_id!r} keeps changing hands.", {"session_id": session_id})
 
     async def _reach(self, call: Call, h: bytes, done: log.Appended) -> None:
@@ -879,7 +662,7 @@ class Sessions:
         last_seq = max(turn.seq for turn in done.turns)
         detail, remedy, retry_after_ms = "the cloud tier did not confirm in time.", "", None
         for _ in range(ATTEMPTS_MAX):
-            head = self._peek(h)
+            head = self._own.peek(h)
             same = head is not None and head.epoch == done.head.epoch
             if head is not None and same and head.cloud_seq >= last_seq and head.changes_flushed >= done.head.changes:
                 return
@@ -912,7 +695,7 @@ class Sessions:
     def _remaining_ms(self, call: Call) -> int | None:
         if call.deadline_ms is None:
             return None
-        return max(0, call.deadline_ms - boot_clock_ms() - REPLY_MARGIN_MS)
+        return max(0, call.deadline_ms - self._parts.boot_ms() - REPLY_MARGIN_MS)
 
     def _fill(self, response: session_pb2.AppendTurnResponse, done: log.Appended, head: Head) -> None:
         state = states.decode(head.state)
@@ -928,7 +711,7 @@ class Sessions:
         response.checkpoint_version = state.boundary[0] << 32 | state.boundary[1]
         last_seq = max(turn.seq for turn in done.turns)
         response.durability = turn_pb2.DURABILITY_CLOUD if head.cloud_seq >= last_seq else turn_pb2.DURABILITY_EDGE
-        response.ownership = self._ownership()  # type: ignore[assignment]
+        response.ownership = self._own.standing()
         response.missing.extend(self._missing(head.loss))
 
     def _shared_seq(self, h: bytes, expected: tuple[int, int]) -> int:
@@ -951,7 +734,7 @@ class Sessions:
             head=conflict.head,
             cloud_seq=head.cloud_seq,
             checkpoint_version=state.boundary[0] << 32 | state.boundary[1],
-            ownership=self._ownership(),  # type: ignore[arg-type]
+            ownership=self._own.standing(),
             missing=self._missing(head.loss),
         )
 
@@ -960,9 +743,9 @@ class Sessions:
         h = self._hash(call, request.session_id)
         check_user_id(request.user_id)
         check_durability(request.durability)
-        self._check_not_fenced()
+        self._own.check_not_fenced()
         turn = turn_pb2.TurnInput(turn_id=request.turn_id, state=request.change)
-        prepared = await self._counted(
+        prepared = await self._own.counted(
             turn.ByteSize(),
             prepare_turn,
             turn,
@@ -975,11 +758,11 @@ class Sessions:
         etag = parse_etag(request.etag) if request.etag else None
         # A session that turns to CLOUD only, or away from it, is so in both tiers before anybody hears of it.
         durability = DURABILITY_CLOUD if prepared.policy is not None else request.durability
-        done = await self._append(h, request.session_id, request.user_id, [prepared], None, etag)
+        done = await self._append(call, h, request.session_id, request.user_id, [prepared], None, etag)
         if max(durability, done.head.min_durability) >= DURABILITY_CLOUD:
             await self._reach(call, h, done)
         return session_pb2.UpdateSessionResponse(
-            session=await self._describe(h, request.session_id, request.user_id),
+            session=await self._describe(call, h, request.session_id, request.user_id),
             appended=appended_proto(done.turns[0]),
         )
 
@@ -989,18 +772,18 @@ class Sessions:
         """End a session for ever: its tombstone is in the cloud tier before the reply."""
         h = self._hash(call, request.session_id)
         check_user_id(request.user_id)
-        self._check_not_fenced()
-        head = self._peek(h)
+        self._own.check_not_fenced()
+        head = self._own.peek(h)
         if head is not None and head.lifecycle == LIFECYCLE_DELETED and head.phase != PHASE_FENCED:
             check_user(request.session_id, head.user, request.user_id)  # begun by an earlier call, and not done yet
-        elif not await self._mark_deleted(h, request.session_id, request.user_id):
+        elif not await self._mark_deleted(call, h, request.session_id, request.user_id):
             return session_pb2.DeleteSessionResponse(deleted=False)
         try:
             await wait_until(
                 asyncio.wrap_future(self._parts.flusher.request(h, release=True)), self._remaining_ms(call)
             )
         except (TimeoutError, SessiondError) as error:
-            head = self._peek(h)
+            head = self._own.peek(h)
             if head is None or head.tombstoned:
                 # The tombstone stands; what it leaves behind is removed as soon as the store answers again.
                 return session_pb2.DeleteSessionResponse(deleted=True)
@@ -1012,7 +795,7 @@ class Sessions:
             ) from error
         return session_pb2.DeleteSessionResponse(deleted=True)
 
-    async def _mark_deleted(self, h: bytes, session_id: str, user_id: str) -> bool:
+    async def _mark_deleted(self, call: Call, h: bytes, session_id: str, user_id: str) -> bool:
         """Have the rows ask for a tombstone; False if the session was deleted before. Raises as owning it does."""
 
         def operation(transaction: Transaction) -> bool:
@@ -1026,7 +809,7 @@ class Sessions:
 
         for _ in range(OWN_ATTEMPTS_MAX):
             try:
-                await self._own(h, session_id, user_id)
+                await self._own.take(call, h, session_id, user_id)
             except NotFound as error:
                 if error.reason != "SESSION_DELETED":
                     raise
@@ -1052,17 +835,17 @@ class Sessions:
         elif last_seq and last_seq < first_seq:
             raise invalid("INVALID_CONTEXT", "last_seq", f"{last_seq} is below first_seq {first_seq}")
         response = session_pb2.ListTurnsResponse()
-        await self._settle_doubt(h)
+        await self._own.settle_doubt(h)
         try:
             frames, reached, head = await self._read_turns(h, first_seq, last_seq, PAGE_BYTES_MAX, size)
-            self._admit(request.session_id, head, request.user_id)
+            self._own.admit(request.session_id, head, request.user_id)
             standing = self._standing(session_pb2.ResumeSessionRequest(), head, states.decode(head.state), None)
             if first_seq < head.hot_first and standing.rung == context_pb2.RUNG_HOT:
                 standing.rung = context_pb2.RUNG_CLOUD
             epoch = states.decode(head.state).epoch
         except NotFound:
-            cold = await self._cold(h, request.session_id, request.user_id)
-            frames, reached, standing, epoch = await self._cold_turns(cold.manifest, first_seq, last_seq, size)
+            cold = await self._own.cold(h, request.session_id, request.user_id)
+            frames, reached, standing, epoch = await self._cold_turns(call, cold, first_seq, last_seq, size)
         last_seq = last_seq or standing.head_seq
         response.receipt.CopyFrom(
             context_pb2.Receipt(
@@ -1098,12 +881,13 @@ class Sessions:
                 return frames, reached, head
             manifest = decode_committed(h, transaction.get("manifests", h))
         last = min(last, head.hot_first - 1)
-        frames, reached = await self._off_loop(self._parts.segments.between, manifest, first_seq, last, bytes_max)
+        frames, reached = await self._own.off_loop(self._parts.segments.between, manifest, first_seq, last, bytes_max)
         return frames, reached, head
 
     async def _cold_turns(
-        self, manifest: Manifest, first_seq: int, last_seq: int, turns_max: int
+        self, call: Call, cold: Cold, first_seq: int, last_seq: int, turns_max: int
     ) -> tuple[bytes, int, Standing, int]:
+        manifest = cold.manifest
         standing = Standing(
             rung=context_pb2.RUNG_CLOUD,
             ownership=context_pb2.OWNERSHIP_CONFIRMED,
@@ -1113,16 +897,17 @@ class Sessions:
         )
         losses = list(manifest.loss)
         state = states.decode(manifest.state)
-        try:
-            loss = self._loss(manifest)
-            losses += [loss] if loss else []
-        except Unavailable:
+        found = await self._own.succession(call, cold)
+        losses += [found.loss] if found.loss else []
+        if not found.takeable:
             standing.missing.append(unreachable(manifest))
         self._judge(standing, session_pb2.ResumeSessionRequest(), losses, state, ColdSource(manifest))
         last = min(last_seq or manifest.head, manifest.head, first_seq + turns_max - 1)
         if first_seq > last:
             return b"", first_seq - 1, standing, state.epoch
-        frames, reached = await self._off_loop(self._parts.segments.between, manifest, first_seq, last, PAGE_BYTES_MAX)
+        frames, reached = await self._own.off_loop(
+            self._parts.segments.between, manifest, first_seq, last, PAGE_BYTES_MAX
+        )
         return frames, reached, standing, state.epoch
 
     async def list_checkpoints(
@@ -1132,14 +917,15 @@ class Sessions:
         h = self._hash(call, request.session_id)
         check_user_id(request.user_id)
         saved: list[tuple[int, bytes]] | None = None
-        await self._settle_doubt(h)
+        await self._own.settle_doubt(h)
         with self._hot.read() as transaction:
             head = log.read_head(transaction, h)
             if head is not None and head.phase == PHASE_OWNED:
-                self._admit(request.session_id, head, request.user_id)
+                self._own.admit(request.session_id, head, request.user_id)
                 saved = log.checkpoints(transaction, h, head.saved)
         if saved is None:
-            cold = await self._cold(h, request.session_id, request.user_id)
+            cold = await self._own.cold(h, request.session_id, request.user_id)
+            await self._own.succession(call, cold)
             saved = [(int(version), bytes(content)) for version, content in cold.manifest.checkpoints]
         response = session_pb2.ListCheckpointsResponse()
         for _, content in sorted(saved, reverse=True):
@@ -1165,26 +951,10 @@ def core_digest(content: bytes) -> bytes:
     return rules.next_chain(b"", content)
 
 
-def not_found(session_id: str) -> NotFound:
-    """There is no such session, or it is another user's."""
-    return NotFound("SESSION_NOT_FOUND", f"There is no session {session_id!r}.", {"session_id": session_id})
-
-
-def check_user(session_id: str, actual: str, named: str) -> None:
-    """A request that names another user sees no session. Raises NotFound."""
-    if named and named != actual:
-        raise not_found(session_id)
-
-
 def check_durability(durability: int) -> None:
     """Raises Invalid if it is no Durability."""
     if durability not in (0, DURABILITY_EDGE, DURABILITY_CLOUD):
         raise invalid("INVALID_CONTEXT", "durability", f"{durability} is no durability")
-
-
-def draining() -> Unavailable:
-    """The refusal of a node on its way out."""
-    return Unavailable("NODE_DRAINING", "This node is draining.")
 
 
 def hot_tier_full(hot: Environment) -> SessiondError:
@@ -1194,13 +964,6 @@ def hot_tier_full(hot: Environment) -> SessiondError:
         "HOT_TIER_FULL",
         f"The hot tier uses {used} of {size} bytes.",
         {"used_bytes": str(used), "map_size_bytes": str(size)},
-    )
-
-
-def unreachable(manifest: Manifest) -> context_pb2.MissingRange:
-    """Turns that the present owner may have and that can't be read from here."""
-    return context_pb2.MissingRange(
-        first_seq=manifest.head + 1, epoch=manifest.epoch, reason=REASON_UNREACHABLE, possible_only=True
     )
 
 

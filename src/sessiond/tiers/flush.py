@@ -60,7 +60,7 @@ from sessiond.tiers.hot.rows import (
     encode_committed,
     user_key,
 )
-from sessiond.tiers.hydrate import ATTEMPTS_MAX, Cold, Node, Segments, load, put_settled, revalidate
+from sessiond.tiers.hydrate import ATTEMPTS_MAX, Cold, Node, Segments, load, put_settled
 from sessiond.tiers.pace import Pace
 from sessiond.tiers.retire import ended, leaves_row, needs_row, put_expiry_row, remove_objects, tombstone
 
@@ -146,8 +146,11 @@ class Flusher:
         clock_ms: Callable[[], int],
         wait: Callable[[float], object] = time.sleep,
         waiting_ms: int = 0,
+        tenure: Callable[[], int | None] = lambda: 0,
     ) -> None:
-        """interval_ms: how long a finished exchange waits. waiting_ms: how long one without an answer may, at most."""
+        """interval_ms: how long a finished exchange waits. waiting_ms: how long one without an answer may, at most.
+        tenure: how often this node was fenced so far; None while its lease is not held again.
+        """
         self._hot = hot
         self._store = store
         self._bucket = bucket
@@ -156,6 +159,7 @@ class Flusher:
         self._waiting_ms = max(interval_ms, waiting_ms)
         self._clock_ms = clock_ms
         self._wait = wait
+        self._tenure = tenure
         self._segments = Segments(store)
         self._pace = Pace(threads)
         self._pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="flush")
@@ -395,7 +399,7 @@ class Flusher:
         with self._hot.read() as transaction:
             head = log.read_head(transaction, h)
         if head is not None and head.phase == PHASE_DOUBTED:
-            revalidate(self._hot, self._store, self._node, h)
+            self.settle_doubt(h)
         if head is not None and head.lifecycle == LIFECYCLE_DELETED:
             return self._delete(h, urgent)
         if not release:
@@ -766,6 +770,93 @@ class Flusher:
         except log.HistoryNeeded:
             return theirs.head <= head.cloud_seq  # below the hot rows there is only what was read from the cloud tier
         return header.chain == chain
+
+    def settle_doubt(self, h: bytes) -> None:
+        """Learn whether a doubted session is still ours: by a write of its manifest, and never by reading it alone.
+
+        Whoever takes sessions from a node that was gone reads the manifest, then the node's lease, and then writes. So
+        a manifest that was written after the lease was held again can't be taken by anybody who saw it gone before.
+        Raises Unavailable, also while the lease is not held, Corrupt, and as the store does; it stays doubted then.
+        """
+        tenure = self._tenure()
+        if tenure is None:
+            raise Unavailable("EPOCH_FENCED", "This node was fenced and does not hold its lease again yet.")
+        for _ in range(ATTEMPTS_MAX):
+            cold = load(self._store, h)
+            with self._hot.read() as transaction:
+                head = log.read_head(transaction, h)
+            if head is None or head.phase != PHASE_DOUBTED:
+                return
+            try:
+                if self._settled(h, head, cold, tenure):
+                    return
+            except Conflict:
+                self._wait(0.02)  # somebody wrote it first: a late write of our own, or whoever takes it
+        raise Unavailable("EPOCH_FENCED", f"Session {h.hex()} keeps changing.", {"hash": h.hex()})
+
+    def _settled(self, h: bytes, head: Head, cold: Cold | None, tenure: int) -> bool:
+        """One attempt to settle a doubt; False if the node was fenced again meanwhile."""
+        manifest = cold.manifest if cold is not None else None
+        ours = manifest is not None and (manifest.epoch, manifest.epochs[-1][1]) == (head.epoch, self._node.incarnation)
+        if cold is None or manifest is None or not ours:
+            self._give_up(h, manifest is not None and manifest.lifecycle == LIFECYCLE_DELETED)
+            return True
+        if manifest.lifecycle == LIFECYCLE_DELETED:
+            self._give_up(h, True)
+            return True
+        if not self._is_ours(h, manifest, head):
+            self._give_up(h, False)  # an older disk was put back: what only the rows have is an orphan
+            return True
+        phase, etag = PHASE_RELEASED, cold.etag
+        if manifest.owner is not None:
+            mutation = manifest.mutation + 1
+            manifest = replace(
+                manifest,
+                mutation=mutation,
+                write_id=os.urandom(8),
+                epochs=[*manifest.epochs[:-1], [*manifest.epochs[-1][:3], mutation]],
+                owner=[self._node.incarnation, self._node.name, self._node.address],
+                written_ms=self._clock_ms(),
+            )
+            etag = put_settled(self._store, h, manifest, cold.etag, self._wait)
+            phase = PHASE_OWNED
+        elif manifest.head != head.head_seq:
+            phase = PHASE_FENCED  # released, and yet there is more here: an orphan
+
+        def operation(transaction: Transaction) -> bool:
+            known = log.read_head(transaction, h)
+            if known is None or known.phase != PHASE_DOUBTED:
+                return True
+            if self._tenure() != tenure:
+                return False
+            same = (manifest.lifecycle, manifest.policy, manifest.loss) == (known.lifecycle, known.policy, known.loss)
+            if same or phase == PHASE_RELEASED:
+                known.changes_flushed = known.changes
+            known.phase, known.cloud_seq, known.mutation, known.etag = phase, manifest.head, manifest.mutation, etag
+            known.committed_durability = int(manifest.policy.get("min_durability", 0))
+            transaction.put("manifests", h, encode_committed(h, manifest))
+            log.write_head(transaction, h, known, self._clock_ms())
+            if phase != PHASE_OWNED:
+                transaction.delete("dirty", h)
+            return True
+
+        return self._hot.run_blocking(operation)
+
+    def _give_up(self, h: bytes, deleted: bool) -> None:
+        """A doubted session is another's, or gone."""
+
+        def operation(transaction: Transaction) -> None:
+            head = log.read_head(transaction, h)
+            if head is None or head.phase != PHASE_DOUBTED:
+                return
+            if deleted:
+                log.mark_deleted(transaction, h, head, self._clock_ms())
+                return
+            head.phase = PHASE_FENCED
+            log.write_head(transaction, h, head, self._clock_ms())
+            transaction.delete("dirty", h)
+
+        self._hot.run_blocking(operation)
 
     def _fence(self, h: bytes, deleted: bool = False) -> None:
         """Give up a session that is another's now. deleted: it was deleted there, and so its rows go here."""

@@ -45,7 +45,6 @@ from sessiond.tiers.hot.rows import (
     PHASE_DOUBTED,
     PHASE_FENCED,
     PHASE_OWNED,
-    PHASE_RELEASED,
     PHASE_RELEASING,
     Head,
     encode_committed,
@@ -309,13 +308,21 @@ class Claims:
     """Makes sessions, and takes unowned ones, for this node: intent in LMDB, conditional write, rows in LMDB."""
 
     def __init__(
-        self, hot: Environment, store: ObjectStore, bucket: Bucket, node: Node, wait: Callable[[float], object]
+        self,
+        hot: Environment,
+        store: ObjectStore,
+        bucket: Bucket,
+        node: Node,
+        wait: Callable[[float], object],
+        tenure: Callable[[], int] = lambda: 0,
     ) -> None:
+        """tenure: how often this node was fenced so far. A claim that was under way across a fence is in doubt."""
         self._hot = hot
         self._store = store
         self._bucket = bucket
         self._node = node
         self._wait = wait
+        self._tenure = tenure
         # The index by user and the first manifest are in flight at the same time; see DESIGN.md, "Objects".
         self._pool = ThreadPoolExecutor(max_workers=16, thread_name_prefix="index")
 
@@ -329,6 +336,7 @@ class Claims:
         Raises Unavailable, Denied, Corrupt; the session then does not exist, or a repeated call finishes it.
         """
         h = manifest.h
+        tenure: int | None = self._tenure()
         intent = head_from_manifest(manifest, "", 1, PHASE_CLAIMING)
 
         def remember(transaction: Transaction) -> bool:
@@ -358,7 +366,7 @@ class Claims:
                     self._drop_stray_index(manifest, found.manifest)
                     return False
                 # Our own earlier attempt, whose answer was lost; what it wrote is what counts, and may lack its index.
-                manifest, etag = found.manifest, found.etag
+                manifest, etag, tenure = found.manifest, found.etag, None
                 try:
                     self._put_index_rows(manifest)
                 except StoreError as error:
@@ -368,7 +376,7 @@ class Claims:
                 index.result()
             except StoreError as error:
                 raise refusal(error) from error
-        self._settle(manifest, etag)
+        self._settle(manifest, etag, tenure)
         return True
 
     def _owns(self, manifest: Manifest) -> bool:
@@ -420,7 +428,7 @@ class Claims:
 
         loss: a row to add because its last owner was lost with its hot tier. Raises as the store does.
         """
-        old = cold.manifest
+        old, tenure = cold.manifest, self._tenure()
         h, epoch = old.h, old.epoch + 1
         if old.mutation == 1:
             # Its creation may have been cut short before the rows that name it, by a crash that took the disk as well.
@@ -464,7 +472,7 @@ class Claims:
         except Conflict:
             self._forget(h)
             return False
-        self._settle(manifest, etag)
+        self._settle(manifest, etag, tenure)
         return True
 
     def _put_orphan(self, h: bytes) -> list[Any] | None:
@@ -498,12 +506,18 @@ class Claims:
             raise refusal(error) from error
         return [key, known.epoch, first, last, sha256]
 
-    def _settle(self, manifest: Manifest, etag: str) -> None:
-        """Make the hot tier hold a session that the cloud tier says is ours."""
+    def _settle(self, manifest: Manifest, etag: str, tenure: int | None) -> None:
+        """Make the hot tier hold a session that the cloud tier says is ours.
+
+        tenure: the node's when its claim was sent; None for a claim that was sent nobody knows when. If the node was
+        fenced since, somebody may have looked at this manifest and be about to take the session: it is in doubt.
+        """
         h = manifest.h
-        head = head_from_manifest(manifest, etag, manifest.epoch, PHASE_OWNED)
+        head = head_from_manifest(manifest, etag, manifest.epoch, PHASE_DOUBTED)
 
         def operation(transaction: Transaction) -> None:
+            if tenure == self._tenure():
+                head.phase = PHASE_OWNED
             known = log.read_head(transaction, h)
             # Only over the intent that this claim left: whatever came in between knows more.
             if known is None or known.phase != PHASE_CLAIMING or claimed_epoch(known) != manifest.epoch:
@@ -541,7 +555,7 @@ class Claims:
                 self._put_index_rows(manifest)
             except StoreError as error:
                 raise refusal(error) from error
-        self._settle(manifest, cold.etag)
+        self._settle(manifest, cold.etag, None)
         return True
 
     def note_deleted(self, h: bytes) -> None:
@@ -570,35 +584,6 @@ class Claims:
         self._hot.run_blocking(operation)
 
 
-def revalidate(hot: Environment, store: ObjectStore, node: Node, h: bytes) -> None:
-    """Settle a doubted session: ours still if the manifest says so, else fenced. Raises as the store does."""
-    cold = load(store, h)
-
-    def operation(transaction: Transaction) -> None:
-        head = log.read_head(transaction, h)
-        if head is None or head.phase != PHASE_DOUBTED:
-            return
-        manifest = cold.manifest if cold else None
-        if manifest is not None and manifest.lifecycle == LIFECYCLE_DELETED:
-            log.mark_deleted(transaction, h, head, manifest.written_ms)
-            return
-        ours = manifest is not None and manifest.epoch == head.epoch and manifest.epochs[-1][1] == node.incarnation
-        if ours and manifest is not None and manifest.owner is not None:
-            head.phase = PHASE_OWNED
-        elif ours and manifest is not None and manifest.head == head.head_seq and cold is not None:
-            # It was released, and the crash came before the row said so.
-            head.phase = PHASE_RELEASED
-            head.cloud_seq, head.mutation, head.etag = manifest.head, manifest.mutation, cold.etag
-            head.changes_flushed = head.changes
-        else:
-            head.phase = PHASE_FENCED
-        transaction.put("heads", h, encode_head(h, head))
-        if head.phase != PHASE_OWNED:
-            transaction.delete("dirty", h)
-
-    hot.run_blocking(operation)
-
-
 def claimed_epoch(head: Head) -> int:
     """The epoch that a claim on its way is for; a creation's is the row's own."""
     return int(head.claim[0]) if head.claim else head.epoch
@@ -615,13 +600,3 @@ def bounded_loss(rows: list[list[int]]) -> list[list[int]]:
         oldest = next((row for row in rows if row[3]), rows[0])
         rows = [row for row in rows if row is not oldest]
     return rows
-
-
-def unavailable_owner(manifest: Manifest) -> SessiondError:
-    """The answer where another live node owns the session."""
-    owner = manifest.owner or [b"", "", ""]
-    return Unavailable(
-        "NOT_OWNER",
-        f"Session {manifest.session!r} is owned by node {owner[1]!r} at {owner[2]!r}.",
-        {"session_id": manifest.session, "owner_node": str(owner[1]), "owner_address": str(owner[2])},
-    )

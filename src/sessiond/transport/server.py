@@ -20,7 +20,8 @@ from grpc_reflection.v1alpha import reflection
 
 from sessiond.errors import Corrupt, Exhausted, SessiondError, Unavailable, Unimplemented
 from sessiond.service.node import CallCounts, Node
-from sessiond.service.sessions import Call, Sessions
+from sessiond.service.ownership import Call
+from sessiond.service.sessions import Sessions
 from sessiond.transport.status import DETAILS_KEY, status_code, status_proto
 from sessiond.transport.wire import embed, parse, reply
 from sessiond.v1 import admin_pb2, session_pb2, state_pb2

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 from sessiond.core import envelope
-from sessiond.errors import Corrupt, Unavailable
+from sessiond.errors import Corrupt, SessiondError, Unavailable
 from sessiond.tiers.cloud.bucket import lease_key, start_refusal
 from sessiond.tiers.cloud.store import Ambiguous, ObjectNotFound, ObjectStore, PreconditionLost, StoreError
 
@@ -73,6 +73,13 @@ def is_alive(holder: dict[str, Any]) -> bool | None:
     return None
 
 
+def fenced_body(holder: dict[str, Any], node: str, incarnation: bytes, by_node: str, by_incarnation: bytes) -> bytes:
+    """The lease object that ends a lease from outside: what its holder wrote, {} for nothing, and who fenced it."""
+    fields = holder or {"v": 1, "node": node, "incarnation": incarnation, "address": ""}
+    by = {"node": by_node, "incarnation": by_incarnation, "id": os.urandom(16)}
+    return envelope.seal(envelope.KIND_LEASE, {**fields, "fenced": by})
+
+
 def last_seen_ms(store: ObjectStore) -> int:
     """When any node of the bucket was last seen alive, by their clocks; 0 if none was. Raises as the store does."""
     seen = 0
@@ -100,11 +107,16 @@ class Lease:
         wait: Callable[[float], object] = time.sleep,
         clock_ms: Callable[[], int] = boot_clock_ms,
         transaction_id: Callable[[], int] = lambda: 0,
+        on_fenced: Callable[[], None] = lambda: None,
     ) -> None:
+        """on_lost: another daemon has the name. on_fenced: another node took this one for gone; what this node owned
+        must be in doubt on disk when it returns, before the lease is taken again.
+        """
         self._store = store
         self._key = lease_key(node)
         self._lease_ms = lease_ms
         self._on_lost = on_lost
+        self._on_fenced = on_fenced
         self._wait = wait
         self._clock_ms = clock_ms
         self._transaction_id = transaction_id
@@ -125,6 +137,10 @@ class Lease:
             **process_identity(),
         }
         self.lost = False
+        # True from the moment at which a fence is seen until the lease is held again.
+        self.fenced = False
+        # Rises with every fence: what was under way before one must not settle as owned after it.
+        self.tenure = 0
         # What time it is, for a successor whose clock says something else; 0 until somebody knows.
         self.seen_ms: Callable[[], int] = lambda: 0
 
@@ -153,8 +169,9 @@ class Lease:
                     return
                 holder = self._holder(found.body)
                 # An attempt of this very start may have landed without an answer: it is no holder before.
-                if not self._is_this(holder):
-                    alive = False if holder.get("released") else is_alive(holder)
+                if not self._is_this(holder) or holder.get("fenced"):
+                    ended = holder.get("released") or holder.get("fenced")
+                    alive = False if ended else is_alive(holder)
                     mine = holder.get("pid") == os.getpid() and holder.get("start_ticks") == self._fields["start_ticks"]
                     if alive and not mine:
                         raise self._in_use(holder)
@@ -182,8 +199,9 @@ class Lease:
                 raise start_refusal(error) from error
 
     def _is_this(self, holder: dict[str, Any]) -> bool:
-        """Whether this very object wrote it."""
-        return bool(holder.get("start_id") == self._fields["start_id"])
+        """Whether this very object wrote it, or it was written over one of this object's that had gone."""
+        absent = "start_id" not in holder and holder.get("incarnation") == self._fields["incarnation"]
+        return bool(holder.get("start_id") == self._fields["start_id"] or (absent and holder.get("fenced")))
 
     def _holder(self, body: bytes) -> dict[str, Any]:
         try:
@@ -229,8 +247,7 @@ class Lease:
         """One renewal; whether it was definite. Sets `lost` once another incarnation holds the name."""
         sent_ms = self._clock_ms()
         try:
-            self._write(sent_ms, if_match=self._etag)
-            return True
+            return self._renewed(sent_ms, self._etag)
         except PreconditionLost:
             try:
                 found = self._store.get(self._key)
@@ -240,18 +257,41 @@ class Lease:
             if not self._is_this(holder):
                 self.lost = True
                 return False
+            if holder.get("fenced"):
+                return self._take_again(found.etag)
             # An earlier renewal had landed without an answer: on from there.
             try:
-                self._write(self._clock_ms(), if_match=found.etag)
-                return True
+                return self._renewed(self._clock_ms(), found.etag)
             except StoreError:
                 return False
         except StoreError:
             return False
 
+    def _renewed(self, sent_ms: int, etag: str) -> bool:
+        self._write(sent_ms, if_match=etag)
+        self.fenced = False
+        return True
+
+    def _take_again(self, etag: str) -> bool:
+        """Hold the name anew after a fence; whether it is held. What was owned is doubted first, on disk."""
+        self._valid_until_ms = 0
+        self.fenced = True
+        self.tenure += 1
+        try:
+            self._on_fenced()
+        except SessiondError:
+            return False  # nothing is taken again before that is done: the next renewal tries
+        # From here on a write of ours whose answer is lost is told from the fence by its start.
+        self._fields["start_id"] = os.urandom(16)
+        self._etag = etag
+        try:
+            return self._renewed(self._clock_ms(), etag)
+        except StoreError:
+            return False
+
     def is_valid(self) -> bool:
         """Whether no other node can have fenced this one."""
-        return not self.lost and self._clock_ms() < self._valid_until_ms
+        return not self.lost and not self.fenced and self._clock_ms() < self._valid_until_ms
 
     def stop(self, released: bool) -> None:
         """Stop renewing; released: say that nothing is owned any more, so that a successor need not wait."""

@@ -1,0 +1,413 @@
+"""Who owns a session, and how this node comes to: finding it, claiming it, taking it over, and letting callers at it.
+
+It promises that a session is served as owned only after its claim is committed in both tiers, that a session of another
+live node is never taken, and that one claim of a session is on its way at a time. It knows no gRPC.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol, TypeVar
+
+from sessiond.core.expiry import lifecycle_at
+from sessiond.core.manifest import LIFECYCLE_ARCHIVED, LIFECYCLE_DELETED, Manifest
+from sessiond.errors import Corrupt, NotFound, SessiondError, Unavailable
+from sessiond.tiers.cloud.bucket import Bucket
+from sessiond.tiers.cloud.lease import Lease, boot_clock_ms
+from sessiond.tiers.cloud.store import ObjectStore
+from sessiond.tiers.flush import Flusher
+from sessiond.tiers.hot import log
+from sessiond.tiers.hot.environment import Environment
+from sessiond.tiers.hot.rows import (
+    DURABILITY_CLOUD,
+    PHASE_CLAIMING,
+    PHASE_DOUBTED,
+    PHASE_FENCED,
+    PHASE_OWNED,
+    PHASE_RELEASING,
+    Head,
+    decode_committed,
+)
+from sessiond.tiers.hydrate import Claims, Cold, Node, Segments, claimed_epoch, load
+from sessiond.tiers.peers import GONE, Owner, Verdict
+from sessiond.tokens import Tokenizer
+from sessiond.v1 import context_pb2
+
+OWN_ATTEMPTS_MAX: Final = 12
+# Sessions of which it is remembered when they were last read; others go by their newest turn.
+RESUMED_MAX: Final = 65_536
+# Requests up to this are counted on the loop: a thread costs more (bench/README.md), and 4 KiB take below half a ms.
+INLINE_COUNT_BYTES_MAX: Final = 4096
+
+REASON_LOST: Final = context_pb2.MISSING_REASON_HOT_TIER_LOST
+REASON_UNREACHABLE: Final = context_pb2.MISSING_REASON_OWNER_UNREACHABLE
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Who calls, and how long they wait.
+
+    deadline_ms: by boot_clock_ms, None for no limit. forwarded: another node sent the call on; it is answered here or
+    nowhere. unreachable: an owner that was asked already, and did not answer. redirects: the caller would rather be
+    told where to go than be forwarded.
+    """
+
+    tenant: str
+    deadline_ms: int | None
+    forwarded: bool = False
+    unreachable: Owner | None = None
+    redirects: bool = False
+
+
+class OwnedElsewhere(Unavailable):
+    """Another live node owns the session; nothing was done. owner: which."""
+
+    def __init__(self, session_id: str, owner: Owner) -> None:
+        where = {"session_id": session_id, "owner_node": owner.name, "owner_address": owner.address}
+        super().__init__("NOT_OWNER", f"Session {session_id!r} is owned by node {owner.name!r}.", where)
+        self.owner = owner
+
+
+class Judge(Protocol):
+    """Says what became of other nodes; `tiers.peers.Peers` in a daemon."""
+
+    def verdict(self, owner: Owner) -> Verdict:
+        """Whether the owner lives, by its lease as it is read now. Blocks. Raises as the store does."""
+        ...
+
+
+@dataclass
+class Parts:
+    """What the service works with; `daemon` wires it."""
+
+    hot: Environment
+    store: ObjectStore
+    bucket: Bucket
+    node: Node
+    lease: Lease
+    flusher: Flusher
+    claims: Claims
+    segments: Segments
+    tokenizer: Tokenizer
+    executor: Executor
+    counting: Executor
+    clock_ms: Callable[[], int]
+    expiry_ms: Callable[[], int]
+    latest_ms: Callable[[], int]
+    running_ms: Callable[[], int]
+    turn_bytes_max: int
+    default_budget_tokens: int
+    serve_unconfirmed: bool = True
+    # None: this node knows no others, and takes none of their sessions.
+    peers: Judge | None = None
+    boot_ms: Callable[[], int] = boot_clock_ms
+
+
+@dataclass(frozen=True, slots=True)
+class Succession:
+    """What taking a session now would mean.
+
+    loss: the row to add, turns that its last owner may have acknowledged. takeable: False while its owner may be alive
+    and can't be asked.
+    """
+
+    loss: list[int] | None
+    takeable: bool
+
+
+@dataclass
+class Moves:
+    """How sessions came to this node, since the start."""
+
+    claims: int = 0
+    steals: int = 0
+    rescues: dict[str, int] = field(default_factory=dict)
+
+
+class Ownership:
+    """The sessions of this node, and the way to those that are not."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._hot = parts.hot
+        self._loads: dict[bytes, asyncio.Task[Cold | None]] = {}
+        self._claiming: dict[bytes, asyncio.Task[bool]] = {}
+        self._settling: dict[bytes, asyncio.Task[None]] = {}
+        self._looking: dict[tuple[str, bytes], tuple[int, asyncio.Task[Verdict]]] = {}
+        self._looks = 0
+        self.creating: set[asyncio.Future[bool]] = set()
+        self.draining = False
+        self.moves = Moves()
+        # When sessions were last read, the newest last: reading writes nothing.
+        self._resumed_ms: dict[bytes, int] = {}
+
+    async def off_loop(self, work: Callable[..., Result], *arguments: Any) -> Result:
+        """The result of work that asks the store; a thread waits for it."""
+        return await asyncio.get_running_loop().run_in_executor(self._parts.executor, work, *arguments)
+
+    async def counted(self, size_bytes: int, work: Callable[..., Result], *arguments: Any) -> Result:
+        """The result of work that counts tokens of so many bytes."""
+        if size_bytes <= INLINE_COUNT_BYTES_MAX:
+            return work(*arguments)
+        # A pool of its own: a store that hangs must not hold up appends to sessions that are hot.
+        return await asyncio.get_running_loop().run_in_executor(self._parts.counting, work, *arguments)
+
+    # Finding a session -------------------------------------------------------------------------------------------
+
+    async def load(self, h: bytes) -> Cold | None:
+        """The session as the cloud tier has it now; callers that ask at the same time share one GET."""
+        task = self._loads.get(h)
+        if task is None:
+            task = asyncio.ensure_future(self.off_loop(load, self._parts.store, h))
+            self._loads[h] = task
+            task.add_done_callback(lambda _: self._loads.pop(h, None))
+        return await asyncio.shield(task)
+
+    async def cold(self, h: bytes, session_id: str, user_id: str) -> Cold:
+        """The cloud tier's copy of a session that is not hot here. Raises NotFound, Unavailable, Corrupt."""
+        head = self.peek(h)
+        if head is not None and head.phase == PHASE_RELEASING and not self.draining:
+            # A release that was cut short: finish it, then take the session like any other.
+            await asyncio.wrap_future(self._parts.flusher.request(h, release=True))
+        cold = await self.load(h)
+        if cold is None:
+            raise not_found(session_id)
+        check_user(session_id, cold.manifest.user, user_id)
+        if cold.manifest.lifecycle == LIFECYCLE_DELETED:
+            if head is not None and head.lifecycle != LIFECYCLE_DELETED:
+                await self.off_loop(self._parts.claims.note_deleted, h)
+            raise log.deleted(session_id)
+        if self.lifecycle(cold.manifest) == LIFECYCLE_DELETED:
+            raise log.deleted(session_id)
+        return cold
+
+    def lifecycle(self, what: Head | Manifest) -> int:
+        """Where a session is in its life now; its time may have come before anybody wrote that down."""
+        if not what.expires_ms:
+            return what.lifecycle
+        return lifecycle_at(what.lifecycle, what.policy, what.expires_ms, self._parts.expiry_ms())
+
+    def admit(self, session_id: str, head: Head, user_id: str) -> None:
+        """Let a caller at a session that this node owns. Raises NotFound."""
+        check_user(session_id, head.user, user_id)
+        if self.lifecycle(head) == LIFECYCLE_DELETED:
+            raise log.deleted(session_id)
+
+    def resumed_ms(self, h: bytes) -> int:
+        """When the session was last read from the hot tier; 0 if that is not known any more."""
+        return self._resumed_ms.get(h, 0)
+
+    def note_resumed(self, h: bytes) -> None:
+        """The session was read just now."""
+        self._resumed_ms.pop(h, None)
+        self._resumed_ms[h] = self._parts.running_ms()
+        if len(self._resumed_ms) > RESUMED_MAX:
+            del self._resumed_ms[next(iter(self._resumed_ms))]
+
+    def peek(self, h: bytes) -> Head | None:
+        """The session's head row, whatever its phase."""
+        with self._hot.read() as transaction:
+            return log.read_head(transaction, h)
+
+    async def settle_doubt(self, h: bytes) -> None:
+        """After this returns the session is not doubted: ours, released or fenced. Raises as the store does."""
+        head = self.peek(h)
+        if head is None or head.phase != PHASE_DOUBTED:
+            return
+        task = self._settling.get(h)
+        if task is None:
+            task = asyncio.ensure_future(self.off_loop(self._parts.flusher.settle_doubt, h))
+            self._settling[h] = task
+            task.add_done_callback(lambda _: self._settling.pop(h, None))
+        await asyncio.shield(task)
+
+    # Taking a session ------------------------------------------------------------------------------------------------
+
+    async def succession(self, call: Call, cold: Cold) -> Succession:
+        """What taking this session now would mean, by its manifest as it was just read.
+
+        Raises OwnedElsewhere where its owner is to be asked first, and as the store does.
+        """
+        manifest = cold.manifest
+        if manifest.owner is None:
+            return Succession(None, True)
+        owner = Owner(bytes(manifest.owner[0]), str(manifest.owner[1]), str(manifest.owner[2]))
+        node, asked = self._parts.node, call.unreachable
+        if owner.incarnation == node.incarnation:
+            head = self.peek(manifest.h)
+            known = head is not None and head.phase != PHASE_FENCED
+            if head is not None and known and manifest.epoch in (head.epoch, claimed_epoch(head)):
+                # A claim of our own is on its way into the rows, or a release on its way out.
+                return Succession(None, True)
+        elif owner.name == node.name and self._parts.lease.is_valid():
+            pass  # this node holds its name, and not its rows: the owner's hot tier is gone
+        elif owner.name != node.name and (asked is None or asked.incarnation != owner.incarnation):
+            raise OwnedElsewhere(manifest.session, owner)
+        elif self._parts.peers is None:
+            return Succession(None, False)
+        else:
+            # After the manifest, never before: a node that came back writes the manifest before it serves from it.
+            verdict = await self._verdict(owner)
+            if verdict.state != GONE:
+                moved = verdict.owner
+                if moved is not None and asked is not None and moved.address != asked.address:
+                    raise OwnedElsewhere(manifest.session, moved)
+                return Succession(None, False)
+        if int(manifest.policy.get("min_durability", 0)) == DURABILITY_CLOUD:
+            return Succession(None, True)
+        return Succession([manifest.epoch, manifest.head, REASON_LOST, 0], True)
+
+    async def _verdict(self, owner: Owner) -> Verdict:
+        """What became of a node, by a look that began after this call; callers that wait at the same time share one."""
+        assert self._parts.peers is not None
+        key = owner.name, owner.incarnation
+        asked = self._looks
+        while True:
+            look = self._looking.get(key)
+            if look is None:
+                self._looks += 1
+                task = asyncio.ensure_future(self.off_loop(self._parts.peers.verdict, owner))
+                look = self._looks, task
+                self._looking[key] = look
+                task.add_done_callback(lambda _: self._looking.pop(key, None))
+            try:
+                verdict = await asyncio.shield(look[1])
+            except SessiondError:
+                if look[0] > asked:
+                    raise
+                continue
+            if look[0] > asked:
+                return verdict
+
+    async def settle(self) -> None:
+        """Return once no creation or claim is on its way; after `draining` is set, none begins."""
+        while self.creating or self._claiming:
+            await asyncio.wait({*self.creating, *self._claiming.values()})
+
+    def start_claim(self, h: bytes, cold: Cold, loss: list[int] | None) -> asyncio.Task[bool]:
+        """Take the session; one claim at a time."""
+        task = self._claiming.get(h)
+        if task is None:
+            task = asyncio.ensure_future(self._claim(h, cold, loss))
+            self._claiming[h] = task
+            task.add_done_callback(lambda done: self._claim_done(h, done))
+        return task
+
+    def _claim_done(self, h: bytes, task: asyncio.Task[bool]) -> None:
+        self._claiming.pop(h, None)
+        if not task.cancelled():
+            task.exception()  # whoever awaits it sees it; a background claim is tried again by the next call
+
+    async def _claim(self, h: bytes, cold: Cold, loss: list[int] | None) -> bool:
+        head = self.peek(h)
+        if (
+            head is not None
+            and head.phase == PHASE_CLAIMING
+            and await self.off_loop(self._parts.claims.resume_claim, cold, head)
+        ):
+            return True
+        taken = await self.off_loop(self._parts.claims.claim, cold, loss, self._parts.clock_ms())
+        if taken:
+            self.moves.claims += 1
+            self.moves.steals += cold.manifest.owner is not None
+        return taken
+
+    async def take(self, call: Call, h: bytes, session_id: str, user_id: str, *, writes: bool = False) -> None:
+        """Return once this node owns the session and holds its rows. writes: in order to append to it.
+
+        Raises OwnedElsewhere, NotFound, Unavailable, Corrupt, Denied SESSION_ARCHIVED.
+        """
+        for attempt in range(OWN_ATTEMPTS_MAX):
+            await self.settle_doubt(h)
+            head = self.peek(h)
+            if head is not None and head.phase == PHASE_OWNED:
+                self.admit(session_id, head, user_id)
+                return
+            if self.draining:
+                raise draining()
+            claiming = self._claiming.get(h)
+            if claiming is None:
+                cold = await self.cold(h, session_id, user_id)
+                if writes and self.lifecycle(cold.manifest) == LIFECYCLE_ARCHIVED:
+                    raise log.archived(session_id)  # before a claim that would change nothing
+                found = await self.succession(call, cold)
+                if not found.takeable:
+                    raise owner_unreachable(cold.manifest)
+                claiming = self.start_claim(h, cold, found.loss)
+            if not await asyncio.shield(claiming):
+                await asyncio.sleep(min(0.25, 0.005 * 2**attempt))
+        raise Unavailable("NOT_OWNER", f"Session {session_id!r} keeps changing hands.", {"session_id": session_id})
+
+    async def backfill(self, h: bytes, needed: log.HistoryNeeded) -> None:
+        """Fetch the segment just below the hot rows, and put it in front of them."""
+        with self._hot.read() as transaction:
+            head = log.read_head(transaction, h)
+            value = transaction.get("manifests", h)
+            if head is None or value is None:
+                return  # released meanwhile: the caller looks again
+            if needed.first_seq >= head.hot_first:
+                try:
+                    log.frame_at(transaction, h, needed.first_seq)
+                except log.HistoryNeeded:
+                    what = f"Turn {needed.first_seq} of session {h.hex()} is missing from its rows."
+                    raise Corrupt("CORRUPT_HOT_ROW", what) from None
+                return  # somebody else fetched it
+            manifest = decode_committed(h, value)
+        last_seq = head.hot_first - 1
+
+        def fetch() -> None:
+            first_seq, _, frames = self._parts.segments.covering(manifest, last_seq)
+            self._hot.run_blocking(lambda txn: log.backfill_rows(txn, h, frames, first_seq), len(frames))
+
+        await self.off_loop(fetch)
+
+    def standing(self) -> context_pb2.Ownership:
+        """How sure this node is of what it owns, at this moment. Raises Unavailable LEASE_LAPSED."""
+        if self._parts.lease.is_valid():
+            return context_pb2.OWNERSHIP_CONFIRMED
+        if not self._parts.serve_unconfirmed:
+            raise Unavailable("LEASE_LAPSED", "The node's lease has lapsed.")
+        return context_pb2.OWNERSHIP_UNCONFIRMED
+
+    def check_not_fenced(self) -> None:
+        """Raises Unavailable EPOCH_FENCED once another daemon has this node's name."""
+        if self._parts.lease.lost:
+            raise Unavailable("EPOCH_FENCED", "Another daemon took over this node's name.")
+
+
+def not_found(session_id: str) -> NotFound:
+    """There is no such session, or it is another user's."""
+    return NotFound("SESSION_NOT_FOUND", f"There is no session {session_id!r}.", {"session_id": session_id})
+
+
+def check_user(session_id: str, actual: str, named: str) -> None:
+    """A request that names another user sees no session. Raises NotFound."""
+    if named and named != actual:
+        raise not_found(session_id)
+
+
+def draining() -> Unavailable:
+    """The refusal of a node on its way out."""
+    return Unavailable("NODE_DRAINING", "This node is draining.")
+
+
+def owner_unreachable(manifest: Manifest) -> SessiondError:
+    """The refusal where the owner does not answer and may be alive."""
+    owner = manifest.owner or [b"", "", ""]
+    return Unavailable(
+        "OWNER_UNREACHABLE",
+        f"Session {manifest.session!r} is owned by node {owner[1]!r}, which does not answer.",
+        {"session_id": manifest.session, "owner_node": str(owner[1]), "owner_address": str(owner[2])},
+    )
+
+
+def unreachable(manifest: Manifest) -> context_pb2.MissingRange:
+    """Turns that the present owner may have and that can't be read from here."""
+    return context_pb2.MissingRange(
+        first_seq=manifest.head + 1, epoch=manifest.epoch, reason=REASON_UNREACHABLE, possible_only=True
+    )
