@@ -21,7 +21,6 @@ import pytest
 from sessiond.cli.app import main
 from sessiond.config import Settings
 from sessiond.testing import running_daemon
-from sessiond.tiers import flush as flushing
 from sessiond.tiers.cloud.counting import CountingStore
 from sessiond.v1 import admin_pb2
 from tests.tiers.test_commits import World
@@ -94,16 +93,16 @@ CHAT = [user if number % 2 == 0 else assistant for number in range(TURNS)]
     "kinds", [CHAT, [user] * TURNS, [assistant] * TURNS], ids=["questions and answers", "questions", "answers"]
 )
 def test_a_session_of_a_hundred_turns_half_a_minute_apart_costs_at_most_a_put_a_turn(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kinds: list[Any]
+    tmp_path: Path, kinds: list[Any]
 ) -> None:
     world = World(tmp_path)
     try:
         store = CountingStore(world.store.folder)
         world.store.folder = store  # type: ignore[assignment]
         # Both of the daemon's clocks run as the test tells them; what runs is what runs in a daemon.
-        monkeypatch.setattr(flushing, "boot_clock_ms", world.clock)
         node = Node(world)
         flusher = node.live.flusher
+        flusher._boot_ms = world.clock
         flusher._interval_ms, flusher._waiting_ms = DEFAULTS.flush_interval_ms, DEFAULTS.flush_waiting_ms
         lags_ms: list[int] = []
 

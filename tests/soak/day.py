@@ -24,7 +24,6 @@ from pathlib import Path
 from sessiond.core.expiry import DAY_MS
 from sessiond.service.ownership import Call, Parts
 from sessiond.service.sessions import Sessions
-from sessiond.tiers import flush as flushing
 from sessiond.tiers.cloud.bucket import open_bucket
 from sessiond.tiers.cloud.counting import CountingStore
 from sessiond.tiers.cloud.folder import FolderStore
@@ -81,13 +80,14 @@ class Day:
         self.turn_bytes = turn_bytes
         self.rng = random.Random(seed)
         clock = lambda: self.now_ms  # noqa: E731
-        flushing.boot_clock_ms = clock
         self.folder = folder
         self.store = CountingStore(FolderStore(folder / "cloud"))
         self.bucket = open_bucket(self.store, b"", 1)
         self.hot = Environment(folder / "hot", map_bytes, 512, 64)
         node = Node(self.hot.incarnation, "n1", "here")
-        self.flusher = Flusher(self.hot, self.store, self.bucket, node, 1000, 4, clock, waiting_ms=35_000)
+        self.flusher = Flusher(
+            self.hot, self.store, self.bucket, node, 1000, 4, clock, waiting_ms=35_000, boot_ms=clock
+        )
         self.claims = Claims(self.hot, self.store, self.bucket, node, time.sleep)
         self.pools = [ThreadPoolExecutor(8), ThreadPoolExecutor(2)]
         self.service = Sessions(

@@ -515,8 +515,8 @@ def background(node: Node, rounds: int) -> None:
             time.sleep(0.0005)
 
 
-def test_sessions_that_cannot_be_flushed_hold_up_no_others(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sessiond.tiers.flush.boot_clock_ms", node.world.clock)
+def test_sessions_that_cannot_be_flushed_hold_up_no_others(node: Node) -> None:
+    node.live.flusher._boot_ms = node.world.clock
     bad, good = [f"bad{number}" for number in range(5)], [f"good{number}" for number in range(3)]
     for name in (*bad, *good):
         talk(node, name)
@@ -545,10 +545,8 @@ def test_sessions_that_cannot_be_flushed_hold_up_no_others(node: Node, monkeypat
     assert [node.manifest(name).head for name in bad] == [2] * 5
 
 
-def test_after_an_outage_everything_goes_out_at_once_the_longest_waiting_first(
-    node: Node, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("sessiond.tiers.flush.boot_clock_ms", node.world.clock)
+def test_after_an_outage_everything_goes_out_at_once_the_longest_waiting_first(node: Node) -> None:
+    node.live.flusher._boot_ms = node.world.clock
     names = [f"s{number}" for number in range(20)]
     for name in names:
         node.world.clock.now_ms += 10

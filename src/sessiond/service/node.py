@@ -19,7 +19,6 @@ from sessiond.service.ownership import Call, Parts
 from sessiond.service.prepare import check_session_id
 from sessiond.service.sessions import Sessions
 from sessiond.tiers.cloud.counting import CountingStore
-from sessiond.tiers.cloud.lease import boot_clock_ms
 from sessiond.tiers.flush import Flushed
 from sessiond.tiers.hot.rows import PHASE_DOUBTED, PHASE_FENCED, PHASE_OWNED, PHASE_RELEASING, decode_head
 from sessiond.tiers.upkeep import Upkeep
@@ -205,11 +204,11 @@ class Node:
         self._sessions.ownership.draining = True
         if self.phase != admin_pb2.NODE_PHASE_DRAINED:
             self.set_phase(admin_pb2.NODE_PHASE_DRAINING)
-        deadline_ms = boot_clock_ms() + (grace_ms or self._grace_ms)
+        deadline_ms = parts.boot_ms() + (grace_ms or self._grace_ms)
         # A claim on its way would own a session after the drain had looked.
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(
-                self._sessions.ownership.settle(), max(0.001, (deadline_ms - boot_clock_ms()) / 1000)
+                self._sessions.ownership.settle(), max(0.001, (deadline_ms - parts.boot_ms()) / 1000)
             )
         progress = admin_pb2.DrainResponse()
         seen: Counter[str] = Counter()
@@ -222,7 +221,7 @@ class Node:
             queue = iter(owned)
             pending = True
             while pending or in_flight:
-                while pending and len(in_flight) < DRAIN_IN_FLIGHT_MAX and boot_clock_ms() < deadline_ms:
+                while pending and len(in_flight) < DRAIN_IN_FLIGHT_MAX and parts.boot_ms() < deadline_ms:
                     h = next(queue, None)
                     if h is None:
                         pending = False
@@ -230,7 +229,7 @@ class Node:
                     in_flight.add(asyncio.wrap_future(parts.flusher.request(h, release=True)))
                 if not in_flight:
                     break
-                timeout = max(0.0, (deadline_ms - boot_clock_ms()) / 1000)
+                timeout = max(0.0, (deadline_ms - parts.boot_ms()) / 1000)
                 done, in_flight = await asyncio.wait(in_flight, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
                 if not done:
                     for future in in_flight:
@@ -247,8 +246,8 @@ class Node:
                     else:
                         progress.released_sessions += 1
                         progress.remaining_sessions -= 1
-                if boot_clock_ms() - reported_ms >= PROGRESS_EVERY_MS:
-                    reported_ms = boot_clock_ms()
+                if parts.boot_ms() - reported_ms >= PROGRESS_EVERY_MS:
+                    reported_ms = parts.boot_ms()
                     yield progress
             # The last round may have had no time to try; what the round before met still stands.
             seen = failures or seen
@@ -260,11 +259,11 @@ class Node:
             hopeless = bool(failures) and not any(
                 REASONS[reason].retry_after_ms for reason in failures if reason in REASONS
             )
-            if not left or hopeless or boot_clock_ms() >= deadline_ms:
+            if not left or hopeless or parts.boot_ms() >= deadline_ms:
                 progress.done = True
                 progress.clean = not left
                 if not left:
                     self.set_phase(admin_pb2.NODE_PHASE_DRAINED)
                 yield progress
                 return
-            await asyncio.sleep(min(0.2, max(0.0, (deadline_ms - boot_clock_ms()) / 1000)))
+            await asyncio.sleep(min(0.2, max(0.0, (deadline_ms - parts.boot_ms()) / 1000)))

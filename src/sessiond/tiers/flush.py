@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -147,9 +147,12 @@ class Flusher:
         wait: Callable[[float], object] = time.sleep,
         waiting_ms: int = 0,
         tenure: Callable[[], int | None] = lambda: 0,
+        boot_ms: Callable[[], int] = boot_clock_ms,
+        pools: tuple[Executor, Executor] | None = None,
     ) -> None:
         """interval_ms: how long a finished exchange waits. waiting_ms: how long one without an answer may, at most.
-        tenure: how often this node was fenced so far; None while its lease is not held again.
+        tenure: how often this node was fenced so far; None while its lease is not held again. pools: what is merely
+        due, and what somebody waits for; None for threads of its own.
         """
         self._hot = hot
         self._store = store
@@ -158,13 +161,16 @@ class Flusher:
         self._interval_ms = interval_ms
         self._waiting_ms = max(interval_ms, waiting_ms)
         self._clock_ms = clock_ms
+        self._boot_ms = boot_ms
         self._wait = wait
         self._tenure = tenure
         self._segments = Segments(store)
         self._pace = Pace(threads)
-        self._pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="flush")
-        # Somebody waits for these: they must not stand behind everything that is merely due.
-        self._urgent = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="flush-now")
+        # Somebody waits for the second: that must not stand behind everything that is merely due.
+        self._pool, self._urgent = pools or (
+            ThreadPoolExecutor(max_workers=threads, thread_name_prefix="flush"),
+            ThreadPoolExecutor(max_workers=threads, thread_name_prefix="flush-now"),
+        )
         self._lock = threading.Lock()
         self._running: set[bytes] = set()
         self._began: dict[bytes, int] = {}
@@ -209,7 +215,7 @@ class Flusher:
             if self._stopping:
                 future.set_exception(Unavailable("NODE_DRAINING", "The flusher has stopped."))
                 return future
-            if self._pace.refuses(boot_clock_ms()):
+            if self._pace.refuses(self._boot_ms()):
                 # Waiting for one more timeout would tell the caller nothing; the backlog tries all the time.
                 what = f"The cloud tier does not answer: {self.last_error}."
                 future.set_exception(Unavailable("STORE_UNAVAILABLE", what))
@@ -247,7 +253,7 @@ class Flusher:
     def backlog(self) -> Backlog:
         """How the flusher stands."""
         sessions, oldest_ms = self.dirty()
-        boot_ms = boot_clock_ms()
+        boot_ms = self._boot_ms()
         with self._lock:
             in_flight, began = len(self._running), min(self._began.values(), default=boot_ms)
         failing_ms = boot_ms - self._pace.failing_since_ms if self._pace.failing else 0
@@ -265,16 +271,20 @@ class Flusher:
         while not self._stopping:
             self._wake.wait(min(self._interval_ms, 1000) / 2000)
             self._wake.clear()
-            try:
-                if len(self._due) < DUE_LOW:
-                    self._collect()
-                self._feed()
-            except Exception as error:  # whatever it is, the backlog must go on
-                self.last_error = reason_of(error)
+            self.tick()
+
+    def tick(self) -> None:
+        """Gather what is due, and begin as much of it as the pace allows."""
+        try:
+            if len(self._due) < DUE_LOW:
+                self._collect()
+            self._feed()
+        except Exception as error:  # whatever it is, the backlog must go on
+            self.last_error = reason_of(error)
 
     def _collect(self) -> None:
         """Gather the sessions that are due, the longest waiting first: none is passed over for ever."""
-        now_ms, boot_ms = self._clock_ms(), boot_clock_ms()
+        now_ms, boot_ms = self._clock_ms(), self._boot_ms()
         catching_up = self._pace.failing or self._pace.catching_up(boot_ms)
         due: list[tuple[int, bytes]] = []
         seen: dict[bytes, tuple[int, int]] = {}
@@ -318,7 +328,7 @@ class Flusher:
     def _feed(self) -> None:
         """Begin as many of the gathered flushes as the pace allows."""
         with self._lock:
-            width = self._pace.width(boot_clock_ms())
+            width = self._pace.width(self._boot_ms())
             while self._due and self._background < width and not self._stopping:
                 h = next(iter(self._due))
                 del self._due[h]
@@ -347,7 +357,7 @@ class Flusher:
                 unused_since_ms = min(wanted.unused_since_ms or 0 for wanted in waiting if wanted.release)
             outcome: Flushed | BaseException
             with self._lock:
-                self._began[h] = boot_clock_ms()
+                self._began[h] = self._boot_ms()
             try:
                 outcome = flushed = self.flush(h, release, unused_since_ms, urgent)
                 if flushed.wrote and flushed.complete:
@@ -372,7 +382,7 @@ class Flusher:
     def _note_failure(self, h: bytes, error: BaseException) -> None:
         self.last_error = reason_of(error)
         if self.last_error in _STORE_REASONS:
-            self._pace.failed(h, boot_clock_ms())
+            self._pace.failed(h, self._boot_ms())
         # Another session is tried next: this one's fault may be its own.
         self._back_off(h)
 
@@ -380,11 +390,11 @@ class Flusher:
         backoff_ms = min(BACKOFF_LAST_MS, 2 * self._not_before.get(h, (0, BACKOFF_FIRST_MS // 2))[1])
         if len(self._not_before) >= REMEMBERED_MAX:
             self._not_before.clear()
-        self._not_before[h] = (boot_clock_ms() + backoff_ms, backoff_ms)
+        self._not_before[h] = (self._boot_ms() + backoff_ms, backoff_ms)
 
     def _note_commit(self, h: bytes) -> None:
         self.commits += 1
-        if self._pace.succeeded(h, boot_clock_ms()):
+        if self._pace.succeeded(h, self._boot_ms()):
             self._not_before.clear()
             self._wake.set()
 

@@ -11,7 +11,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -315,6 +315,7 @@ class Claims:
         node: Node,
         wait: Callable[[float], object],
         tenure: Callable[[], int] = lambda: 0,
+        pool: Executor | None = None,
     ) -> None:
         """tenure: how often this node was fenced so far. A claim that was under way across a fence is in doubt."""
         self._hot = hot
@@ -324,7 +325,7 @@ class Claims:
         self._wait = wait
         self._tenure = tenure
         # The index by user and the first manifest are in flight at the same time; see DESIGN.md, "Objects".
-        self._pool = ThreadPoolExecutor(max_workers=16, thread_name_prefix="index")
+        self._pool = pool or ThreadPoolExecutor(max_workers=16, thread_name_prefix="index")
 
     def close(self) -> None:
         """Stop the threads."""

@@ -43,7 +43,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Final, TypeVar, cast
+from typing import Any, Final, Protocol, TypeVar, cast
 
 import lmdb
 
@@ -138,11 +138,23 @@ class _Work:
         self.error: BaseException | None = None
 
 
+class Driver(Protocol):
+    """What commits in place of the commit thread, by calling `Environment.commit_next`: a clock of somebody else's."""
+
+    def queued(self) -> None:
+        """A write waits for its commit; called on the thread that asked for it."""
+
+    def wait(self, done: threading.Event) -> None:
+        """Return once a commit has set this; called by whoever may wait."""
+
+
 class Environment:
     """The node's LMDB environment, opened once per process."""
 
-    def __init__(self, path: Path, map_size_bytes: int, readers_max: int, group_max: int) -> None:
-        """Open or make it.
+    def __init__(
+        self, path: Path, map_size_bytes: int, readers_max: int, group_max: int, driver: Driver | None = None
+    ) -> None:
+        """Open or make it. driver: None for a thread of its own.
 
         Raises Denied UNWRITABLE_FOLDER, Corrupt NEWER_FORMAT, CORRUPT_HOT_ROW or HOT_TIER_TRUNCATED, Exhausted
         DISK_FULL, TOO_MANY_FILES or OVERLOADED, Unavailable HOT_TIER_FAILED.
@@ -177,6 +189,7 @@ class Environment:
         self.failed: SessiondError | None = None
         self.on_failed: Callable[[SessiondError], None] = lambda error: None
         self._queue: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
+        self._driver = driver
         self._thread: threading.Thread | None = None
         self._closed = False
         self._file = -1
@@ -202,8 +215,9 @@ class Environment:
         except BaseException:
             self._release()
             raise
-        self._thread = threading.Thread(target=self._commit_loop, name="commit", daemon=True)
-        self._thread.start()
+        if driver is None:
+            self._thread = threading.Thread(target=self._commit_loop, name="commit", daemon=True)
+            self._thread.start()
 
     def _release(self) -> None:
         self._env.close()
@@ -281,7 +295,10 @@ class Environment:
         done = threading.Event()
         work = _Work(operation, None, done, weight_bytes)
         self._submit(work)
-        done.wait()
+        if self._driver is None:
+            done.wait()
+        else:
+            self._driver.wait(done)
         if work.error is not None:
             raise work.error
         return cast(Result, work.result)
@@ -294,24 +311,30 @@ class Environment:
         if self._queue.qsize() >= QUEUE_MAX:
             raise Exhausted("OVERLOADED", f"{QUEUE_MAX} writes wait for the disk.")
         self._queue.put(work)
+        if self._driver is not None:
+            self._driver.queued()
 
     def _commit_loop(self) -> None:
+        while self.commit_next():
+            pass
+
+    def commit_next(self) -> bool:
+        """Wait for writes and commit the next group of them; False once the environment is being closed."""
         group: list[_Work] = []
-        while True:
-            try:
-                if not self._take(group):
-                    return
-                self._commit(group)
+        try:
+            if not self._take(group):
+                return False
+            self._commit(group)
+            _settle(group)
+        except Exception as error:
+            # Without memory, for one. A thread that ended here would leave everybody waiting for ever; what became of
+            # this group nobody knows, so the node ends as after a crash.
+            self._fail(Corrupt("INTERNAL", f"The commit thread failed: {type(error).__name__}: {error}."))
+            for work in group:
+                work.error = work.error or self.failed
+            with suppress(Exception):
                 _settle(group)
-            except Exception as error:
-                # Without memory, for one. A thread that ended here would leave everybody waiting for ever; what became
-                # of this group nobody knows, so the node ends as after a crash.
-                self._fail(Corrupt("INTERNAL", f"The commit thread failed: {type(error).__name__}: {error}."))
-                for work in group:
-                    work.error = work.error or self.failed
-                with suppress(Exception):
-                    _settle(group)
-            group.clear()
+        return True
 
     def _take(self, group: list[_Work]) -> bool:
         """Wait for work and put the next group into `group`; False at the end."""
