@@ -15,7 +15,8 @@
          +4   failed: calls that were failed so far
          +5   least size in bytes (allocations only)
      byte 512       prefix of the paths that rules and disk are about, NUL-terminated
-     byte 2048      part of the name of the object file whose allocations count, NUL-terminated
+     byte 2048      whose allocations count, NUL-terminated: part of an object file's name; or @symbol for the one that
+                    defines it, which is the executable itself where an interpreter has no shared library
      byte 3072      the call that failed last and its path, NUL-terminated
 
    Kinds: 0 write (whatever changes a file or a name), 1 fsync, 2 read, 3 allocation.
@@ -420,6 +421,16 @@ extern void *__libc_malloc(size_t);
 extern void *__libc_calloc(size_t, size_t);
 extern void *__libc_realloc(void *, size_t);
 
+/* Whether a caller's object file is the one that `object` names. A program's own name is argv[0], which proves nothing;
+   where it was loaded does. */
+static int is_starved(const Dl_info *from)
+{
+    Dl_info defines;
+    if (object[0] != '@')
+        return from->dli_fname && strstr(from->dli_fname, object);
+    return dladdr(dlsym(RTLD_DEFAULT, object + 1), &defines) && defines.dli_fbase == from->dli_fbase;
+}
+
 static int starves(size_t size, void *caller)
 {
     static __thread int inside;
@@ -428,7 +439,7 @@ static int starves(size_t size, void *caller)
     if (!control || !object[0] || inside || size < (size_t)get(8 + 8 * ALLOCATION + SIZE_MIN))
         return 0;
     inside = 1;
-    if (dladdr(caller, &from) && from.dli_fname && strstr(from.dli_fname, object))
+    if (dladdr(caller, &from) && is_starved(&from))
         code = due(ALLOCATION, "malloc", from.dli_fname);
     inside = 0;
     if (code)

@@ -89,7 +89,9 @@ class Control:
         return self._map[_TOLD:_SIZE].split(b"\0", 1)[0].decode(errors="replace")
 
     def starve(self, object_name: str, size_min: int) -> None:
-        """Allocations are those of object files with this in their name, of at least so many bytes."""
+        """Allocations are those of object files with this in their name, or of the one that defines @symbol, of at
+        least so many bytes.
+        """
         self._text(_OBJECT, "")
         self._set(8 + 8 * ALLOCATION + _SIZE_MIN, size_min)
         self._text(_OBJECT, object_name)
