@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import os
 import re
 import socket
@@ -22,7 +23,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     data_dir: str = "sessiond-data"
     cloud: str = ""
     listen: str = "127.0.0.1:7443"
+    advertise: str = ""
     node_name: str = ""
+    node_key: str = ""
     s3_endpoint: str = ""
     s3_region: str = ""
     s3_path_style: bool | None = None
@@ -50,6 +53,12 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     default_budget_tokens: int = 0
     log_level: str = "info"
 
+    def __repr__(self) -> str:
+        """Every setting, secrets left out: a traceback or a log must not give them away."""
+        values = {name: getattr(self, name) for name in self.__struct_fields__}
+        values.update((name, "...") for name in SECRETS if values[name])
+        return f"Settings({', '.join(f'{name}={value!r}' for name, value in values.items())})"
+
     @property
     def cloud_url(self) -> str:
         """The cloud tier's URL: as set, else a folder beside the hot tier's."""
@@ -65,11 +74,28 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         """The node's name: as set, else the host's."""
         return self.node_name or socket.gethostname()
 
+    def address(self, port: int = 0) -> str:
+        """Where other nodes reach this one: `advertise`, else `listen`, under the host's name if that is every address.
+
+        port: the one that was taken, where `listen` leaves it open.
+        """
+        if self.advertise:
+            host, _, number = self.advertise.rpartition(":")
+            return f"[{host}]:{number}" if ":" in host and not host.startswith("[") else self.advertise
+        if self.listen.startswith("unix:"):
+            return self.listen
+        host, _, number = self.listen.rpartition(":")
+        return f"{socket.gethostname() if host in EVERY_ADDRESS else host}:{port if port and number == '0' else number}"
+
     @property
     def object_tags(self) -> dict[str, str]:
         """The tags of s3_tags. Raises ValueError for what is none."""
         return parse_tags(self.s3_tags)
 
+
+SECRETS = ("hash_key", "node_key")
+# Hosts to listen on that are none to be reached at.
+EVERY_ADDRESS = ("0.0.0.0", "::", "[::]", "*")
 
 # S3 allows 10 tags; one is the object's kind. Lengths and characters: "Categorizing your storage using tags".
 TAGS_MAX = 9
@@ -177,13 +203,17 @@ def check(settings: Settings) -> Settings:
     host, _, port = settings.listen.rpartition(":")
     if not settings.listen.startswith("unix:") and (not host or not port.isdigit() or int(port) > 65535):
         raise _wrong("listen", f"{settings.listen!r} is not HOST:PORT")
-    if settings.hash_key:
+    if settings.advertise and (what := _not_advertised(settings.advertise)):
+        raise _wrong("advertise", f"{settings.advertise!r} {what}")
+    for key in ("hash_key", "node_key"):
+        if not (text := getattr(settings, key)):
+            continue
         try:
-            secret = bytes.fromhex(settings.hash_key)
+            secret = bytes.fromhex(text)
         except ValueError:
-            raise _wrong("hash_key", "it is not hexadecimal") from None
+            raise _wrong(key, "it is not hexadecimal") from None
         if not 16 <= len(secret) <= 64:
-            raise _wrong("hash_key", f"it has {len(secret)} bytes; 16 to 64 are needed")
+            raise _wrong(key, f"it has {len(secret)} bytes; 16 to 64 are needed")
     if settings.s3_checksum not in ("crc32c", "sha256", "none"):
         raise _wrong("s3_checksum", f"{settings.s3_checksum!r} is none of crc32c, sha256, none")
     try:
@@ -200,6 +230,21 @@ def check(settings: Settings) -> Settings:
         what = f"{settings.node!r} is not 1 to 128 letters, digits, '.', '_' and '-' of ASCII, a letter or digit first"
         raise _wrong("node_name", what)
     return settings
+
+
+def _not_advertised(address: str) -> str:
+    """Why other nodes can't reach a node at this address; empty if nothing is known against it."""
+    host, _, port = address.rpartition(":")
+    if not port.isdigit() or not 0 < int(port) <= 65535:
+        return "is not HOST:PORT"
+    if host in EVERY_ADDRESS:
+        return "is every address of this machine: name the one that other nodes reach it at"
+    if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?", host):
+        try:
+            ipaddress.IPv6Address(host[1:-1] if host.startswith("[") and host.endswith("]") else host)
+        except ValueError:
+            return "is not HOST:PORT"
+    return ""
 
 
 def _unknown(key: str, where: str) -> Invalid:

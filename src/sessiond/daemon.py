@@ -107,6 +107,7 @@ class Daemon:
         settings = self._settings
         log.info(telemetry.STARTING, version=__version__, node=settings.node, compiled_core=core.COMPILED)
         self.port = server.bind(settings.listen)
+        address = settings.address(self.port)
         tokenizer = Tokenizer()
         tokenizer.verify_vocabularies()
         store = CountingStore(open_configured(settings))
@@ -140,14 +141,14 @@ class Daemon:
             store,
             settings.node,
             hot.incarnation,
-            settings.listen,
+            address,
             settings.lease_ms,
             lease_lost,
             transaction_id=lambda: hot.transaction_id,
             on_fenced=partial(fenced, hot, settings.node),
         )
         await reach(partial(take_node, lease, hot, hot.opened_at))
-        identity = NodeIdentity(hot.incarnation, settings.node, settings.listen)
+        identity = NodeIdentity(hot.incarnation, settings.node, address)
         seen_ms = lease.seen_ms() or (0 if store.clock_ms() else last_seen_ms(store))
         expiry_ms = SteadyClock(now_ms, boot_clock_ms, store.clock_ms, seen_ms)
         lease.seen_ms = expiry_ms
@@ -233,7 +234,8 @@ class Daemon:
         # What was imported stays for good: full collections need not walk it (4 to 12 ms each, bench/README.md).
         gc.freeze()
         self.served = True
-        log.info(telemetry.SERVING, listen=settings.listen, port=self.port, cloud=store.url, hot=str(hot.path))
+        where = {"listen": settings.listen, "port": self.port, "address": address}
+        log.info(telemetry.SERVING, **where, cloud=store.url, hot=str(hot.path))
         return node, lease
 
     async def _reach(self, server: Server, settings: Settings, work: Callable[[], Result]) -> Result:

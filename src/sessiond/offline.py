@@ -73,7 +73,7 @@ def node_name(settings: Settings, store: ObjectStore, hot: Environment | None = 
         store,
         settings.node,
         hot.incarnation if hot else os.urandom(16),
-        settings.listen,
+        settings.address(),
         settings.lease_ms,
         lambda: None,
         transaction_id=(lambda: hot.transaction_id) if hot else lambda: 0,

@@ -87,7 +87,7 @@ def rebuild(
             opened.callback(old.close)
         hot = opened.enter_context(offline.hot_tier(settings, bucket))
         name = opened.enter_context(offline.node_name(settings, store, hot))
-        claims = Claims(hot, store, bucket, Node(hot.incarnation, settings.node, settings.listen), time.sleep)
+        claims = Claims(hot, store, bucket, Node(hot.incarnation, settings.node, settings.address()), time.sleep)
         opened.callback(claims.close)
         filling = _Filling(settings, store, hot, claims, every, report, old)
         filling.run(_wanted(store, bucket, tenant, user), limit, name.still_held, told)

@@ -130,6 +130,8 @@ def test_an_unknown_key_names_the_one_that_was_meant(tmp_path: Path) -> None:
     [
         ("--hash-key", "not hexadecimal", "hash_key"),
         ("--hash-key", "abcd", "hash_key"),
+        ("--node-key", "ab" * 65, "node_key"),
+        ("--advertise", "0.0.0.0:7443", "advertise"),
         ("--lease-ms", "1", "lease_ms"),
         ("--log-level", "loud", "log_level"),
         ("--node-name", "a/b", "node_name"),

@@ -22,7 +22,7 @@ CHART = ROOT / "helm" / "sessiond"
 KUBERNETES = ("1.27", kubernetes_validate.latest_version())
 
 EVERYTHING = """
-replicas: 1
+replicas: 3
 image: {repository: registry.example/sessiond, tag: "1.2.3"}
 imagePullSecrets: [{name: registry}]
 config:
@@ -33,6 +33,7 @@ config:
   drain_grace_ms: 45500
   log_level: debug
 hashKeySecret: {name: keys, key: hash}
+nodeKeySecret: {name: keys, key: node}
 credentialsSecret: aws
 serviceAccount: {name: other, annotations: {eks.amazonaws.com/role-arn: "arn:aws:iam::1:role/x"}}
 service: {type: LoadBalancer, port: 443, annotations: {a: b}}
@@ -111,9 +112,24 @@ def test_the_daemon_takes_the_configuration_and_the_environment(render, tmp_path
     file = tmp_path / "sessiond.toml"
     file.write_text(one(objects, "ConfigMap")["data"]["sessiond.toml"])
     (container,) = one(objects, "StatefulSet")["spec"]["template"]["spec"]["containers"]
-    environment = {each["name"]: "edge-sessiond-0" for each in container["env"] if each["name"] != "SESSIOND_HASH_KEY"}
+    # As the kubelet fills them in: from fields of the pod, from Secrets, and $(NAME) from what stands before.
+    fields = {"metadata.name": "edge-sessiond-0", "status.podIP": "10.1.2.3"}
+    environment: dict[str, str] = {}
+    for each in container["env"]:
+        value = each.get("value", "")
+        for name, known in environment.items():
+            value = value.replace(f"$({name})", known)
+        source = each.get("valueFrom", {})
+        if "fieldRef" in source:
+            value = fields[source["fieldRef"]["fieldPath"]]
+        elif "secretKeyRef" in source:
+            assert source["secretKeyRef"]["name"] == "keys"
+            value = {"hash": "aa" * 16, "node": "bb" * 32}[source["secretKeyRef"]["key"]]
+        environment[each["name"]] = value
     settings = config.load(str(file), environment, {})
     assert settings.node == "edge-sessiond-0"
+    assert settings.address() == "10.1.2.3:7443"
+    assert (settings.hash_key, settings.node_key) == (("", "") if values == "{}" else ("aa" * 16, "bb" * 32))
     assert settings.listen == f"0.0.0.0:{container['ports'][0]['containerPort']}"
     assert settings.data_dir in [mount["mountPath"] for mount in container["volumeMounts"]]
     for key, value in tomllib.loads(file.read_text()).items():
@@ -123,7 +139,7 @@ def test_the_daemon_takes_the_configuration_and_the_environment(render, tmp_path
 
 def test_the_schema_names_every_setting_of_the_daemon():
     schema = yaml.safe_load((CHART / "values.schema.json").read_text())
-    by_the_chart = {"data_dir", "listen", "node_name", "hash_key"}
+    by_the_chart = {"data_dir", "listen", "advertise", "node_name", "hash_key", "node_key"}
     assert set(schema["properties"]["config"]["properties"]) == set(config.Settings.__struct_fields__) - by_the_chart
 
 
@@ -194,6 +210,8 @@ def test_the_longest_names_fit(render):
     ("values", "named"),
     [
         ("{replicas: 3}", "replicas"),
+        ("{replicas: 2, config: {cloud: 'file:///shared'}}", "replicas"),
+        ("{config: {node_key: abcd}}", "node_key"),
         ("{config: {cloud: ftp://x}}", "cloud"),
         ("{config: {flush_intervall_ms: 5}}", "flush_intervall_ms"),
         ("{config: {map_size_bytes: 16777217}}", "map_size_bytes"),
