@@ -14,17 +14,20 @@ from typing import Any, Final
 import grpc
 import structlog
 from google.protobuf.message import Message
+from google.rpc import status_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 from sessiond.errors import Corrupt, Exhausted, SessiondError, Unavailable, Unimplemented
 from sessiond.service.node import CallCounts, Node
-from sessiond.service.ownership import Call
+from sessiond.service.ownership import Call, OwnedElsewhere
+from sessiond.service.router import Refused, Router
 from sessiond.service.sessions import Sessions
+from sessiond.transport.peers import Credentials
 from sessiond.transport.status import DETAILS_KEY, status_code, status_proto
 from sessiond.transport.wire import embed, parse, reply
-from sessiond.v1 import admin_pb2, session_pb2, state_pb2
+from sessiond.v1 import admin_pb2, node_pb2, session_pb2, state_pb2
 
 log = structlog.get_logger("sessiond.transport")
 
@@ -39,7 +42,20 @@ SERVICES: Final = (
     session_pb2.DESCRIPTOR.services_by_name["SessionService"],
     state_pb2.DESCRIPTOR.services_by_name["StateService"],
     admin_pb2.DESCRIPTOR.services_by_name["AdminService"],
+    node_pb2.DESCRIPTOR.services_by_name["NodeService"],
 )
+# Calls about one session, or what belongs to one user, which its owner answers.
+FORWARDED: Final = frozenset(
+    method.name
+    for service in SERVICES[:2]
+    for method in service.methods
+    if not method.server_streaming and method.name not in ("ListSessions", "BatchResumeSessions", "BatchAppendTurns")
+)
+# A caller that sets it to 1 would rather be told where its session is than have the call forwarded.
+REDIRECT_HEADER: Final = "x-sessiond-redirect"
+# What a forwarded request has around it.
+FORWARD_BYTES: Final = 4096
+CODES: Final = {code.value[0]: code for code in grpc.StatusCode}
 # Until identities are verified, every caller is of this tenant.
 TENANT: Final = "default"
 
@@ -61,9 +77,14 @@ class Server:
         self._request_bytes_max = request_bytes_max
         self._calls_max = concurrent_calls_max
         self._in_flight = 0
+        self.answered_for_others = 0
         self._health = HealthServicer()
         self._unary: dict[str, tuple[type[Message], Unary]] = {}
         self._node: Node | None = None
+        self._router: Router | None = None
+        self._credentials: Credentials | None = None
+        self._incarnation = b""
+        self._rescue: Callable[[node_pb2.RescueRequest], Awaitable[node_pb2.RescueResponse]] | None = None
         self._watch: asyncio.Task[None] | None = None
         self._started = False
         # What a node that starts says it waits for.
@@ -109,9 +130,21 @@ class Server:
             raise Unavailable("PORT_IN_USE", f"The address {listen} can't be listened on.", {"listen": listen})
         return int(port)
 
-    def serve(self, sessions: Sessions, node: Node) -> None:
-        """Connect the calls that this release serves."""
+    def serve(
+        self,
+        sessions: Sessions,
+        node: Node,
+        router: Router,
+        credentials: Credentials,
+        rescue: Callable[[node_pb2.RescueRequest], Awaitable[node_pb2.RescueResponse]],
+        incarnation: bytes,
+    ) -> None:
+        """Connect the calls that this release serves. rescue: takes turns that another node offers."""
         self._node = node
+        self._router = router
+        self._credentials = credentials
+        self._rescue = rescue
+        self._incarnation = incarnation
         self._unary = {
             "CreateSession": _message(session_pb2.CreateSessionRequest, sessions.create),
             "GetSession": _message(session_pb2.GetSessionRequest, sessions.get),
@@ -134,17 +167,31 @@ class Server:
         return grpc.unary_unary_rpc_method_handler(self._call(name))
 
     def _call(self, name: str) -> Any:
+        own = {"Forward": self._forward, "Rescue": self._take_rescued}.get(name)
+
         async def call(raw: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
             self._in_flight += 1
             try:
                 if self._in_flight > self._calls_max:
                     raise Exhausted("OVERLOADED", f"{self._calls_max} calls are being answered.")
+                if own is not None:
+                    return await own(raw, context)
                 served = self._unary.get(name)
                 if served is None:
                     raise self._not_served(name)
                 kind, work = served
                 request = parse(kind, raw, self._request_bytes_max)
-                answer = reply(await work(self._caller(context), request))
+                if name in FORWARDED and self._router is not None:
+                    answer = await self._router.call(name, self._caller(context), request, raw, _replied(work))
+                else:
+                    answer = reply(await work(self._caller(context), request))
+            except Refused as refused:
+                # Said by the session's owner: passed on as it came.
+                status = status_pb2.Status.FromString(refused.status)
+                code = CODES[status.code]
+                self._calls.add(name, code.name, refused.reason)
+                await context.abort(code, status.message, trailing_metadata=((DETAILS_KEY, refused.status),))
+                raise AssertionError from refused
             except SessiondError as error:
                 self._count(name, error)
                 await self._abort(context, error)
@@ -190,11 +237,52 @@ class Server:
 
         return call
 
+    async def _forward(self, raw: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
+        """A call that another node forwarded: answered here, or refused, and never sent on."""
+        if self._credentials is None:
+            raise self._not_served("Forward")
+        forwarded = parse(node_pb2.ForwardRequest, raw, self._request_bytes_max + FORWARD_BYTES)
+        name = forwarded.method
+        metadata: Any = context.invocation_metadata()
+        self._credentials.check(metadata, forwarded.incarnation, name, forwarded.request)
+        if forwarded.incarnation != self._incarnation:
+            return node_pb2.ForwardResponse(not_owner=True).SerializeToString()
+        served = self._unary.get(name)
+        if served is None or name not in FORWARDED:
+            raise self._not_served(name)
+        kind, work = served
+        self.answered_for_others += 1
+        try:
+            request = parse(kind, forwarded.request, self._request_bytes_max)
+            answer = reply(await work(Call(forwarded.tenant, self._deadline_ms(context), forwarded=True), request))
+        except OwnedElsewhere:
+            return node_pb2.ForwardResponse(not_owner=True).SerializeToString()
+        except SessiondError as error:
+            return node_pb2.ForwardResponse(status=status_proto(error).SerializeToString()).SerializeToString()
+        return node_pb2.ForwardResponse(reply=answer).SerializeToString()
+
+    async def _take_rescued(self, raw: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
+        """Turns that another node offers."""
+        if self._credentials is None or self._rescue is None:
+            raise self._not_served("Rescue")
+        request = parse(node_pb2.RescueRequest, raw, self._request_bytes_max)
+        signed = request.SerializeToString(deterministic=True)
+        metadata: Any = context.invocation_metadata()
+        self._credentials.check(metadata, request.incarnation, "Rescue", signed)
+        return bytes((await self._rescue(request)).SerializeToString())
+
     def _caller(self, context: grpc.aio.ServicerContext[bytes, bytes]) -> Call:
+        redirects = False
+        metadata: Any = context.invocation_metadata()
+        for key, value in metadata or ():
+            if key == REDIRECT_HEADER:
+                redirects = value == "1"
+        return Call(TENANT, self._deadline_ms(context), redirects=redirects)
+
+    def _deadline_ms(self, context: grpc.aio.ServicerContext[bytes, bytes]) -> int | None:
         remaining = context.time_remaining()
         # gRPC reports a very large number where there is no deadline.
-        deadline_ms = None if remaining is None or remaining > 1e8 else self._clock_ms() + int(remaining * 1000)
-        return Call(TENANT, deadline_ms)
+        return None if remaining is None or remaining > 1e8 else self._clock_ms() + int(remaining * 1000)
 
     def _not_served(self, name: str) -> SessiondError:
         if self._node is None:
@@ -256,6 +344,13 @@ class Server:
         if self._watch is not None:
             self._watch.cancel()
         await self._server.stop(grace_s)
+
+
+def _replied(work: Unary) -> Callable[[Call, Any], Awaitable[bytes]]:
+    async def call(caller: Call, request: Any) -> bytes:
+        return reply(await work(caller, request))
+
+    return call
 
 
 def _message(kind: type[Message], work: Any) -> tuple[type[Message], Unary]:
