@@ -23,6 +23,8 @@ from sessiond.config import Settings
 from sessiond.errors import Denied, SessiondError, Unavailable
 from sessiond.service.node import CallCounts, Node
 from sessiond.service.ownership import Ownership, Parts
+from sessiond.service.rescue import Rescues
+from sessiond.service.router import Router
 from sessiond.service.sessions import Sessions
 from sessiond.tiers.cloud.bucket import open_bucket
 from sessiond.tiers.cloud.counting import CountingStore
@@ -39,6 +41,7 @@ from sessiond.tiers.peers import Peers
 from sessiond.tiers.steady import SteadyClock
 from sessiond.tiers.upkeep import Upkeep
 from sessiond.tokens import Tokenizer
+from sessiond.transport.peers import Credentials, PeerChannels, node_key
 from sessiond.transport.server import TENANT, Server
 from sessiond.v1 import admin_pb2
 
@@ -74,6 +77,8 @@ class Daemon:
         self._calls = CallCounts()
         self._conditions: dict[str, Callable[[], bool]] = {}
         self._details: Callable[[], dict[str, Any]] = dict
+        self._channels: PeerChannels | None = None
+        self._rescuing: asyncio.Task[None] | None = None
         self.port = 0
         self.served = False
 
@@ -98,7 +103,11 @@ class Daemon:
                 await server.stop(STOP_GRACE_S)
                 raise self._failed
             clean = await self._drain(node)
+            if self._rescuing is not None:
+                self._rescuing.cancel()
             await server.stop(STOP_GRACE_S)
+            if self._channels is not None:
+                await self._channels.close()
             await asyncio.to_thread(lease.stop, clean)
         log.info(telemetry.STOPPED, clean=clean)
         return clean
@@ -197,6 +206,10 @@ class Daemon:
         )
         ownership = Ownership(parts)
         sessions = Sessions(parts, ownership)
+        credentials = Credentials(node_key(bytes.fromhex(settings.node_key), bucket.hash_key), identity)
+        self._channels = channels = PeerChannels(credentials)
+        router = Router(parts, ownership, channels, settings.lease_ms)
+        rescues = Rescues(parts, ownership, channels)
         upkeep = Upkeep(
             hot,
             store,
@@ -211,11 +224,14 @@ class Daemon:
             idle_release_ms=settings.idle_release_ms,
             evict_at_percent=settings.evict_at_percent,
             wait=time.sleep,
+            fenced=rescues.note,
         )
         upkeep.start()
         opened.callback(upkeep.stop)
-        node = Node(parts, sessions, store, upkeep, __version__, settings.drain_grace_ms, self._calls)
-        server.serve(sessions, node)
+        node = Node(parts, sessions, store, upkeep, __version__, settings.drain_grace_ms, self._calls, router, rescues)
+        node.answered_for_others = lambda: server.answered_for_others
+        server.serve(sessions, node, router, credentials, rescues.apply, hot.incarnation)
+        self._rescuing = asyncio.create_task(rescues.run())
         self._conditions = {
             telemetry.CLOUD_TIER_AWAY: lambda: not node.cloud_answers,
             telemetry.LEASE_LAPSED: lambda: not lease.is_valid(),

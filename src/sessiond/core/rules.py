@@ -32,6 +32,36 @@ from sessiond.core.layout import (
 from sessiond.errors import Exhausted, Invalid
 
 
+def without_field(message: bytes, number: int) -> bytes:
+    """A protobuf message without its length-delimited fields of this number; everything else to the byte."""
+    kept, at = bytearray(), 0
+    while at < len(message):
+        start = at
+        tag, at = _varint(message, at)
+        if tag & 7 == 0:
+            _, at = _varint(message, at)
+        elif tag & 7 == 2:
+            size, at = _varint(message, at)
+            at += size
+        else:
+            at += 8 if tag & 7 == 1 else 4
+        if tag != number << 3 | 2:
+            kept += message[start:at]
+    return bytes(kept)
+
+
+def _varint(message: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while at < len(message):
+        byte = message[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            break
+        shift += 7
+    return value, at
+
+
 def session_hash(hash_key: bytes, tenant: str, session_id: str) -> bytes:
     """16 bytes that name a session in every key of both tiers. hash_key: 16 to 64 bytes."""
     name = tenant.encode()

@@ -17,6 +17,8 @@ from sessiond.core import rules
 from sessiond.errors import REASONS, SessiondError, reason_of
 from sessiond.service.ownership import Call, Parts
 from sessiond.service.prepare import check_session_id
+from sessiond.service.rescue import Rescues
+from sessiond.service.router import Router
 from sessiond.service.sessions import Sessions
 from sessiond.tiers.cloud.counting import CountingStore
 from sessiond.tiers.flush import Flushed
@@ -60,7 +62,12 @@ class Node:
         version: str,
         grace_ms: int,
         calls: CallCounts,
+        router: Router | None = None,
+        rescues: Rescues | None = None,
     ) -> None:
+        self._router = router
+        self._rescues = rescues
+        self.answered_for_others: Callable[[], int] = lambda: 0
         self._parts = parts
         self._sessions = sessions
         self._store = store
@@ -139,11 +146,24 @@ class Node:
                 last_error=self._upkeep.last_error,
             ),
         )
+        self._tell_ownership(response.ownership)
         for (method, status, reason), count in sorted(self._calls.counts.items()):
             response.calls.add(method=method, status=status, reason=reason, count=count)
         for rung, count in self._sessions.rungs.items():
             response.rungs.add(rung=rung, count=count)
         return response
+
+    def _tell_ownership(self, told: admin_pb2.OwnershipStatus) -> None:
+        moves, counts = self._sessions.ownership.moves, self._upkeep.counts
+        told.owned_sessions, told.fenced_sessions = counts[PHASE_OWNED], counts[PHASE_FENCED]
+        told.claims, told.steals = moves.claims, moves.steals
+        told.fenced = self._parts.lease.tenure
+        told.answered_for_others = self.answered_for_others()
+        if self._router is not None:
+            for (node, outcome), count in sorted(self._router.counts.items()):
+                told.forwarded.add(node=node, outcome=outcome, count=count)
+        if self._rescues is not None:
+            told.rescues.update(self._rescues.outcomes)
 
     async def flush(self, call: Call, request: admin_pb2.FlushRequest) -> admin_pb2.FlushResponse:
         """Write everything that the cloud tier lacks, and wait for it."""
@@ -201,6 +221,9 @@ class Node:
     async def drain(self, grace_ms: int) -> AsyncIterator[admin_pb2.DrainResponse]:
         """Refuse new work, then flush and release every session; the last progress says how it ended."""
         parts = self._parts
+        if self._router is not None:
+            # Before anything is refused: what this node gives up is sent on to them.
+            await self._router.find_successors()
         self._sessions.ownership.draining = True
         if self.phase != admin_pb2.NODE_PHASE_DRAINED:
             self.set_phase(admin_pb2.NODE_PHASE_DRAINING)
@@ -213,6 +236,9 @@ class Node:
         progress = admin_pb2.DrainResponse()
         seen: Counter[str] = Counter()
         while True:
+            if self._rescues is not None:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._rescues.settle(), max(0.001, (deadline_ms - parts.boot_ms()) / 1000))
             owned = self._owned()
             failures: Counter[str] = Counter()
             progress.remaining_sessions = len(owned)

@@ -80,6 +80,10 @@ class Judge(Protocol):
         """Whether the owner lives, by its lease as it is read now. Blocks. Raises as the store does."""
         ...
 
+    def living(self) -> list[Owner]:
+        """The other nodes that hold their leases. Blocks. Raises as the store does."""
+        ...
+
 
 @dataclass
 class Parts:

@@ -255,7 +255,7 @@ class Router:
                 self._successors = []
 
     async def _successor(self, h: bytes) -> Owner | None:
-        """The node to which a drained node sends calls about a session, once it is released here; None if there is none.
+        """The node to which a node that drains sends a call, once its session is released here; None if there is none.
 
         By rendezvous hashing, so that several nodes that drain agree.
         """

@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, TypeVar
 
+from sessiond import core
 from sessiond.core import rules
 from sessiond.core import state as states
 from sessiond.core.manifest import LIFECYCLE_ACTIVE, LIFECYCLE_ARCHIVED, LIFECYCLE_DELETED, Manifest
@@ -73,6 +74,7 @@ from sessiond.tiers.hydrate import (
     Cold,
     first_manifest,
     indexed_session,
+    orphan_frames,
 )
 from sessiond.v1 import context_pb2, session_pb2, turn_pb2
 
@@ -910,6 +912,41 @@ class Sessions:
         )
         return frames, reached, standing, state.epoch
 
+    async def list_orphans(
+        self, call: Call, request: session_pb2.ListOrphansRequest
+    ) -> tuple[bytes, session_pb2.ListOrphansResponse]:
+        """Acknowledged turns that are not in the log: (frames, the rest of ListOrphansResponse)."""
+        h = self._hash(call, request.session_id)
+        check_user_id(request.user_id)
+        query = b"orphans" + h
+        index, after_seq = 0, 0
+        if request.page_token:
+            place = open_page(self._parts.bucket.hash_key, query, request.page_token)
+            index, after_seq = int(place[0]), int(place[1])
+        await self._own.settle_doubt(h)
+        orphans: list[Any] | None = None
+        with self._hot.read() as transaction:
+            head = log.read_head(transaction, h)
+            if head is not None and head.phase == PHASE_OWNED:
+                self._own.admit(request.session_id, head, request.user_id)
+                orphans = decode_committed(h, transaction.get("manifests", h)).orphans
+                entries = log.turn_ids(transaction, h, head.head_seq)
+        if orphans is None:
+            cold = await self._own.cold(h, request.session_id, request.user_id)
+            await self._own.succession(call, cold)
+            orphans, entries = cold.manifest.orphans, cold.manifest.turn_ids
+        response = session_pb2.ListOrphansResponse()
+        # Oldest first, and one object a page: each has turns of its own epoch.
+        rows = sorted(orphans, key=lambda row: (int(row[1]), int(row[2])))
+        if index >= len(rows):
+            return b"", response
+        frames = await self._own.off_loop(orphan_frames, self._parts.store, h, rows[index])
+        kept, reached = missing_turns(h, frames, entries, after_seq, PAGE_BYTES_MAX)
+        place = [index, reached] if reached else [index + 1, 0]
+        if place[0] < len(rows):
+            response.next_page_token = seal_page(self._parts.bucket.hash_key, query, place)
+        return kept, response
+
     async def list_checkpoints(
         self, call: Call, request: session_pb2.ListCheckpointsRequest
     ) -> session_pb2.ListCheckpointsResponse:
@@ -944,6 +981,23 @@ def _users_key(index_key: str) -> bytes:
     _, tenant, user, rest = index_key.split("/")
     created, h = rest.split("-")
     return bytes.fromhex(tenant) + bytes.fromhex(user) + int(created, 16).to_bytes(8, "big") + bytes.fromhex(h)
+
+
+def missing_turns(h: bytes, frames: bytes, entries: bytes, after_seq: int, bytes_max: int) -> tuple[bytes, int]:
+    """(frames whose turn_ids are not among the entries, the seq to go on after; 0 if that was all)."""
+    pieces: list[bytes] = []
+    size = 0
+    for header in core.scan_frames(h, frames):
+        frame = frames[header.offset : header.end]
+        if header.seq <= after_seq:
+            continue
+        if log.find_turn_id(entries, rules.turn_id_hash(h, turn_pb2.Turn.FromString(bytes(frame)).turn_id)):
+            continue
+        if pieces and size + len(frame) > bytes_max:
+            return b"".join(pieces), header.seq - 1
+        pieces.append(bytes(frame))
+        size += len(frame)
+    return b"".join(pieces), 0
 
 
 def core_digest(content: bytes) -> bytes:

@@ -83,6 +83,8 @@ SILENT_MS = 3000
 REPLACED_MAX = 512
 # Sessions of which something is remembered between two flushes; beyond it everything is forgotten, at little cost.
 REMEMBERED_MAX = 65_536
+# Parts of the manifest that are noted in its row here, with a change counted in the head, before they are committed.
+NOTED = ("state_keys", "orphans", "pins")
 # Refusals that speak of the store, not of one session.
 _STORE_REASONS = frozenset(("STORE_UNAVAILABLE", "COMMIT_UNKNOWN", "STORE_DENIED"))
 
@@ -703,7 +705,12 @@ class Flusher:
             if release:
                 # Nothing can be appended while a release is on its way; if something was, it is kept for a later claim.
                 head.phase = PHASE_RELEASED if head.head_seq == manifest.head else PHASE_FENCED
-            transaction.put("manifests", h, encode_committed(h, manifest))
+            kept = manifest
+            if head.changes > changes and manifest.lifecycle != LIFECYCLE_DELETED:
+                # What was noted since is in the row, and goes out with the next write.
+                noted = decode_committed(h, transaction.get("manifests", h))
+                kept = replace(manifest, **{name: getattr(noted, name) for name in NOTED})
+            transaction.put("manifests", h, encode_committed(h, kept))
             transaction.delete("dirty", h)
             log.write_head(transaction, h, head, self._clock_ms())
 
@@ -729,6 +736,7 @@ class Flusher:
                 return self._flush_over(h, found, head, release)
             # A crash came between the store's answer and our row: take the answer now, then flush the rest.
             same = (theirs.lifecycle, theirs.policy, theirs.loss) == (head.lifecycle, head.policy, head.loss)
+            same = same and all(getattr(theirs, name) == getattr(cut.base, name) for name in NOTED)
             changes = head.changes if same else head.changes_flushed
             self._settle(h, theirs, found.etag, changes, theirs.owner is None)
             return self._flush(h, release, True)
@@ -839,12 +847,15 @@ class Flusher:
                 return True
             if self._tenure() != tenure:
                 return False
+            noted = decode_committed(h, transaction.get("manifests", h))
             same = (manifest.lifecycle, manifest.policy, manifest.loss) == (known.lifecycle, known.policy, known.loss)
+            same = same and all(getattr(manifest, name) == getattr(noted, name) for name in NOTED)
             if same or phase == PHASE_RELEASED:
                 known.changes_flushed = known.changes
+            kept = manifest if same else replace(manifest, **{name: getattr(noted, name) for name in NOTED})
             known.phase, known.cloud_seq, known.mutation, known.etag = phase, manifest.head, manifest.mutation, etag
             known.committed_durability = int(manifest.policy.get("min_durability", 0))
-            transaction.put("manifests", h, encode_committed(h, manifest))
+            transaction.put("manifests", h, encode_committed(h, kept))
             log.write_head(transaction, h, known, self._clock_ms())
             if phase != PHASE_OWNED:
                 transaction.delete("dirty", h)

@@ -200,6 +200,24 @@ def load(store: ObjectStore, h: bytes) -> Cold | None:
     return Cold(manifests.unseal(stored.body, name, h), stored.etag)
 
 
+def orphan_frames(store: ObjectStore, h: bytes, row: list[Any]) -> bytes:
+    """The turns of an orphan, by its row [name, epoch, first, last, sha256]. Raises Corrupt, and as the store does."""
+    name, _, first, last, sha256 = row
+    try:
+        body = store.get(str(name)).body
+    except ObjectNotFound as error:
+        raise Corrupt("MISSING_SEGMENT", f"The orphan {name} is gone.", {"object": str(name)}) from error
+    except StoreError as error:
+        raise refusal(error) from error
+    if hashlib.sha256(body).digest() != bytes(sha256):
+        raise Corrupt("CORRUPT_SEGMENT", f"The orphan {name} does not match its name's sha256.", {"object": str(name)})
+    frames = envelope.unseal(body, envelope.KIND_ORPHAN, str(name))[1]
+    if [header.seq for header in core.scan_frames(h, frames)] != list(range(int(first), int(last) + 1)):
+        what = f"The orphan {name} holds other turns than {first} to {last}."
+        raise Corrupt("CORRUPT_SEGMENT", what, {"object": str(name)})
+    return frames
+
+
 def indexed_session(store: ObjectStore, key: str) -> str:
     """The session id that a row of the index by user names; empty where the row can't be read either."""
     try:
@@ -437,7 +455,7 @@ class Claims:
                 self._put_index_rows(old)
             except StoreError as error:
                 raise refusal(error) from error
-        orphan = self._put_orphan(h)
+        orphan = self.put_orphan(h)
         owned = list(old.epochs)
         if owned:
             owned[-1] = [*owned[-1][:3], old.mutation]
@@ -476,8 +494,11 @@ class Claims:
         self._settle(manifest, etag, tenure)
         return True
 
-    def _put_orphan(self, h: bytes) -> list[Any] | None:
-        """Bring the turns that only a fenced hot tier has into the cloud tier; their row for the manifest, or None."""
+    def put_orphan(self, h: bytes) -> list[Any] | None:
+        """Bring the turns that only a fenced hot tier has into the cloud tier; their row for the manifest, or None.
+
+        Raises Unavailable, Corrupt, and as the store does.
+        """
         with self._hot.read() as transaction:
             known = log.read_head(transaction, h)
             if known is None or known.head_seq <= known.cloud_seq:

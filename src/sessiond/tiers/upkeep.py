@@ -23,6 +23,7 @@ from sessiond.tiers.hot import log
 from sessiond.tiers.hot.environment import Environment, Transaction
 from sessiond.tiers.hot.rows import (
     PHASE_DOUBTED,
+    PHASE_FENCED,
     PHASE_OWNED,
     PHASE_RELEASED,
     PHASE_RELEASING,
@@ -85,8 +86,11 @@ class Upkeep:
         idle_release_ms: int,
         evict_at_percent: int,
         wait: Callable[[float], object],
+        fenced: Callable[[bytes], None] = lambda h: None,
     ) -> None:
-        """resumed_ms: when a session was last read, 0 if that is not known. idle_release_ms: 0 releases none."""
+        """resumed_ms: when a session was last read, 0 if that is not known. idle_release_ms: 0 releases none.
+        fenced: told of sessions that another node took over.
+        """
         self._hot = hot
         self._store = store
         self._bucket = bucket
@@ -100,6 +104,10 @@ class Upkeep:
         self._idle_release_ms = idle_release_ms
         self._evict_at = evict_at_percent
         self._wait = wait
+        self._fenced = fenced
+        self._counts = {PHASE_OWNED: 0, PHASE_FENCED: 0}
+        # How many sessions were in these phases when all of them were looked at last.
+        self.counts = dict(self._counts)
         self._place = b""
         self._releasing = 0
         self._evict_pause = 0
@@ -145,6 +153,10 @@ class Upkeep:
         for h, head in self._heads(SLICE_ROWS):
             if is_evictable(head) and head.lifecycle == LIFECYCLE_ACTIVE and 0 < head.expires_ms <= steady_ms:
                 copies.append((h, head))
+            if head.phase in self._counts:
+                self._counts[head.phase] += 1
+            if head.phase == PHASE_FENCED:
+                self._fenced(h)
             if head.phase in (PHASE_RELEASING, PHASE_DOUBTED):
                 # A release whose outcome was not known, or rows that nobody asked for since the start: settled now.
                 if self._is_unused(h, head, PRESSED_IDLE_MS):
@@ -157,6 +169,8 @@ class Upkeep:
                 expired.append(h)
             elif self._idle_release_ms and self._is_unused(h, head, self._idle_release_ms):
                 idle.append((h, head.used_ms))
+        if not self._place:
+            self.counts, self._counts = self._counts, dict.fromkeys(self._counts, 0)
         for h in expired:
             self._end(h)
         if self._flusher.failing:

@@ -95,7 +95,7 @@ class PeerChannels:
         stub = self._stubs.get(address)
         if stub is None:
             channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
-            stub = node_pb2_grpc.NodeServiceStub(channel)  # type: ignore[no-untyped-call]
+            stub = node_pb2_grpc.NodeServiceStub(channel)
             self._channels[address], self._stubs[address] = channel, stub
         return stub
 
@@ -138,7 +138,7 @@ class PeerChannels:
         info = error_details_pb2.ErrorInfo()
         for detail in status_pb2.Status.FromString(status).details:
             if detail.Unpack(info):
-                return info.reason
+                return str(info.reason)
         return ""
 
     def _unreachable(self, address: str, error: Any) -> PeerUnreachable:
@@ -151,6 +151,6 @@ class PeerChannels:
     async def close(self) -> None:
         """Close every channel."""
         for channel in self._channels.values():
-            await channel.close()
+            await channel.close(None)
         self._channels.clear()
         self._stubs.clear()

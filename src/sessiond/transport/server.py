@@ -154,6 +154,7 @@ class Server:
             "ListCheckpoints": _message(session_pb2.ListCheckpointsRequest, sessions.list_checkpoints),
             "ResumeSession": (session_pb2.ResumeSessionRequest, _resume(sessions)),
             "AppendTurn": (session_pb2.AppendTurnRequest, _append(sessions)),
+            "ListOrphans": (session_pb2.ListOrphansRequest, _list_orphans(sessions)),
             "ListTurns": (session_pb2.ListTurnsRequest, _list_turns(sessions)),
             "GetStatus": (admin_pb2.GetStatusRequest, lambda _caller, _request: node.status()),
             "Flush": _message(admin_pb2.FlushRequest, node.flush),
@@ -369,6 +370,14 @@ def _append(sessions: Sessions) -> Unary:
         context, rest = await sessions.append(caller, request)
         tail = bytes(rest.SerializeToString())
         return tail if context is None else embed(1, context) + tail
+
+    return call
+
+
+def _list_orphans(sessions: Sessions) -> Unary:
+    async def call(caller: Call, request: session_pb2.ListOrphansRequest) -> bytes:
+        frames, rest = await sessions.list_orphans(caller, request)
+        return frames + bytes(rest.SerializeToString())
 
     return call
 

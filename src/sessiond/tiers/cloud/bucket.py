@@ -58,6 +58,10 @@ class Bucket:
         """Key of a session's row in the index by user; ascending by creation within a user."""
         return f"{self.user_prefix(tenant, user)}{created_ms:012x}-{h.hex()}"
 
+    def users_key(self, tenant: str, user: str, created_ms: int, h: bytes) -> bytes:
+        """Key of a session's row in the hot tier's index by user."""
+        return self.tenant_hash(tenant) + self.user_hash(tenant, user) + created_ms.to_bytes(8, "big") + h
+
     def expiry_key(self, tenant: str, day: int, h: bytes) -> str:
         """Key of the row that says that a session expires on a day, counted from 1970."""
         return f"x/{self.tenant_hash(tenant).hex()}/{day:08x}/{h.hex()}"

@@ -1,0 +1,275 @@
+"""Turns that a fenced node had acknowledged: brought into the log once, or listed where it went on without them.
+
+It promises that a fenced node drops its rows only when their turns are committed in the cloud tier, as turns of the log
+or as a listed orphan, and that no turn is applied twice. It never decides who owns a session.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from typing import Any, Final
+
+from sessiond import core
+from sessiond.core import rules
+from sessiond.core import state as states
+from sessiond.core.layout import HEADER_BYTES
+from sessiond.core.manifest import LIFECYCLE_ACTIVE, LIFECYCLE_DELETED
+from sessiond.errors import SessiondError, Unavailable, reason_of
+from sessiond.service.ownership import Call, Ownership, Parts
+from sessiond.service.prepare import prepare_turn
+from sessiond.service.router import PeerTransport, PeerUnreachable
+from sessiond.tiers.hot import log
+from sessiond.tiers.hot.environment import Transaction
+from sessiond.tiers.hot.log import PreparedTurn
+from sessiond.tiers.hot.rows import (
+    PHASE_FENCED,
+    PHASE_OWNED,
+    Head,
+    decode_committed,
+    encode_committed,
+)
+from sessiond.tiers.hydrate import load, orphan_frames
+from sessiond.tiers.peers import Owner
+from sessiond.tokens import Tokenizer
+from sessiond.v1 import node_pb2, turn_pb2
+
+APPLIED: Final = node_pb2.RESCUE_OUTCOME_APPLIED
+KNOWN: Final = node_pb2.RESCUE_OUTCOME_KNOWN
+LISTED: Final = node_pb2.RESCUE_OUTCOME_LISTED
+DELETED: Final = node_pb2.RESCUE_OUTCOME_DELETED
+ATTEMPTS_MAX: Final = 8
+# How long the owner may take to commit what it was offered.
+OFFER_S: Final = 30.0
+EVERY_S: Final = 0.5
+IN_FLIGHT_MAX: Final = 8
+# A session whose turns could not be brought anywhere is tried again after so long.
+RETRY_FIRST_S: Final = 1.0
+RETRY_LAST_S: Final = 30.0
+BODY_DERIVED: Final = 27
+
+
+class Rescues:
+    """Both ends of a rescue: offering what this node was fenced with, and taking what others offer."""
+
+    def __init__(self, parts: Parts, ownership: Ownership, peers: PeerTransport) -> None:
+        self._parts = parts
+        self._hot = parts.hot
+        self._own = ownership
+        self._peers = peers
+        self._due: dict[bytes, float] = {}
+        self._backoff_s: dict[bytes, float] = {}
+        self._offering: set[asyncio.Task[None]] = set()
+        self.outcomes: Counter[str] = Counter()
+        self.last_error = ""
+
+    # Offering --------------------------------------------------------------------------------------------------------
+
+    def note(self, h: bytes) -> None:
+        """A session is fenced here and has turns that the cloud tier lacks. From any thread."""
+        self._due.setdefault(h, 0.0)
+
+    async def run(self) -> None:
+        """Offer what is noted, until cancelled."""
+        while True:
+            self.offer_due()
+            await asyncio.sleep(EVERY_S)
+
+    def offer_due(self) -> None:
+        """Begin to offer what is due now."""
+        now_s = self._parts.boot_ms() / 1000
+        for h, due_s in list(self._due.items()):
+            if len(self._offering) >= IN_FLIGHT_MAX:
+                return
+            if due_s <= now_s:
+                self._due[h] = now_s + RETRY_LAST_S + OFFER_S
+                task = asyncio.ensure_future(self._try(h))
+                self._offering.add(task)
+                task.add_done_callback(self._offering.discard)
+
+    async def settle(self) -> None:
+        """Offer everything that is noted, once, and return when that is done."""
+        for h in list(self._due):
+            self._due[h] = 0.0
+        self.offer_due()
+        while self._offering:
+            await asyncio.wait(set(self._offering))
+
+    async def _try(self, h: bytes) -> None:
+        try:
+            await self.offer(h)
+        except Exception as error:  # whatever it is, the rows stay, and another time comes
+            self.last_error = reason_of(error)
+            wait_s = min(RETRY_LAST_S, 2 * self._backoff_s.get(h, RETRY_FIRST_S / 2))
+            self._backoff_s[h] = wait_s
+            self._due[h] = self._parts.boot_ms() / 1000 + wait_s
+        else:
+            self._due.pop(h, None)
+            self._backoff_s.pop(h, None)
+
+    async def offer(self, h: bytes) -> None:
+        """Bring a fenced session's turns into its log, or have them listed; then drop the rows here.
+
+        Raises Unavailable, Corrupt, PeerUnreachable; the rows stay then.
+        """
+        head = self._own.peek(h)
+        if head is None or head.phase != PHASE_FENCED:
+            return
+        if head.head_seq <= head.cloud_seq:
+            await self._drop(h, head)
+            return
+        orphan = await self._own.off_loop(self._parts.claims.put_orphan, h)
+        if orphan is None:
+            return  # changed meanwhile, or more than one object holds: kept on the node, and verify says so
+        cold = await self._own.off_loop(load, self._parts.store, h)
+        if cold is None:
+            return
+        if cold.manifest.lifecycle == LIFECYCLE_DELETED:
+            await self._own.off_loop(self._parts.claims.note_deleted, h)
+            self.outcomes["DELETED"] += 1
+            return
+        name, epoch, first, last, sha256 = orphan
+        request = node_pb2.RescueRequest(
+            session_hash=h,
+            orphan=str(name),
+            epoch=int(epoch),
+            turns=turn_pb2.SeqRange(first_seq=int(first), last_seq=int(last)),
+            sha256=bytes(sha256),
+        )
+        session, user = cold.manifest.session, cold.manifest.user
+        call = Call(cold.manifest.tenant, None, forwarded=True)
+        owner = cold.manifest.owner
+        if owner is not None and bytes(owner[0]) != self._parts.node.incarnation:
+            there = Owner(bytes(owner[0]), str(owner[1]), str(owner[2]))
+            request.incarnation = there.incarnation
+            try:
+                response = await self._peers.rescue(there.address, request, OFFER_S)
+                self._count(response.outcome)
+                await self._drop(h, head)
+                return
+            except PeerUnreachable:
+                call = Call(cold.manifest.tenant, None, forwarded=True, unreachable=there)
+        # Nobody owns it, or whoever does is gone: it is taken, over the rows that are in the orphan now.
+        await self._own.take(call, h, session, user)
+        self._count((await self.apply(request)).outcome)
+
+    def _count(self, outcome: int) -> None:
+        self.outcomes[node_pb2.RescueOutcome.Name(outcome).removeprefix("RESCUE_OUTCOME_")] += 1
+
+    async def _drop(self, h: bytes, was: Head) -> None:
+        bucket = self._parts.bucket
+
+        def operation(transaction: Transaction) -> None:
+            head = log.read_head(transaction, h)
+            if head is None or (head.phase, head.epoch, head.head_seq) != (PHASE_FENCED, was.epoch, was.head_seq):
+                return
+            log.drop_session(transaction, h, bucket.users_key(head.tenant, head.user, head.created_ms, h))
+
+        await self._hot.run(operation)
+
+    # Taking ----------------------------------------------------------------------------------------------------------
+
+    async def apply(self, request: node_pb2.RescueRequest) -> node_pb2.RescueResponse:
+        """Take turns that a fenced node offers, as this session's owner: into the log if it did not go on without them,
+        else into its list of orphans. Committed in the cloud tier on return.
+
+        Raises Unavailable NOT_OWNER, Corrupt, and as the store does; nothing is lost then, and it is offered again.
+        """
+        h = bytes(request.session_hash)
+        await self._own.settle_doubt(h)
+        row = [request.orphan, request.epoch, request.turns.first_seq, request.turns.last_seq, bytes(request.sha256)]
+        frames = await self._own.off_loop(orphan_frames, self._parts.store, h, row)
+        turns = await self._own.counted(
+            len(frames), restored, h, frames, self._parts.bucket.hash_key, self._parts.tokenizer
+        )
+        clocks = self._parts.expiry_ms, self._parts.latest_ms
+
+        def operation(transaction: Transaction) -> int | log.HistoryNeeded:
+            head = log.read_head(transaction, h)
+            if head is None or head.phase != PHASE_OWNED:
+                raise Unavailable("NOT_OWNER", f"This node does not own session {h.hex()} now.", {"hash": h.hex()})
+            if head.lifecycle == LIFECYCLE_DELETED:
+                return DELETED
+            entries = log.turn_ids(transaction, h, head.head_seq)
+            left = [turn for turn in turns if not _is_known(entries, h, turn[1])]
+            outcome = KNOWN
+            if left:
+                outcome = LISTED
+                if head.lifecycle == LIFECYCLE_ACTIVE and _follows(head, *left[0]):
+                    now_ms, running_ms = self._parts.clock_ms(), self._parts.running_ms()
+
+                    def birth() -> dict[str, str]:
+                        return dict(decode_committed(h, transaction.get("manifests", h)).birth["metadata"])
+
+                    prepared = [turn for _, turn in left]
+                    try:
+                        log.append(
+                            transaction, h, head.session, prepared, None, None, now_ms, running_ms, *clocks, birth
+                        )
+                        outcome = APPLIED
+                    except log.HistoryNeeded as needed:
+                        return needed
+                    except Unavailable:
+                        raise
+                    except SessiondError:
+                        outcome = LISTED  # the log refuses what it would have taken then: somebody has to look
+            self._note(transaction, h, row, outcome)
+            return outcome
+
+        for _ in range(ATTEMPTS_MAX):
+            done = await self._hot.run(operation, len(frames))
+            if isinstance(done, int):
+                break
+            await self._own.backfill(h, done)
+        else:
+            raise Unavailable("NOT_OWNER", f"Session {h.hex()} keeps changing.", {"hash": h.hex()})
+        await asyncio.wrap_future(self._parts.flusher.request(h))
+        return node_pb2.RescueResponse(outcome=done)  # type: ignore[arg-type]
+
+    def _note(self, transaction: Transaction, h: bytes, row: list[Any], outcome: int) -> None:
+        """Write down what became of an orphan: in the list, or out of it, and whether anything is missing still."""
+        head = log.read_head(transaction, h)
+        assert head is not None
+        manifest = decode_committed(h, transaction.get("manifests", h))
+        others = [known for known in manifest.orphans if known[0] != row[0]]
+        manifest.orphans = [*others, row] if outcome == LISTED else others
+        if outcome != LISTED:
+            # All that was acknowledged in that epoch is in the log.
+            head.loss = [loss for loss in head.loss if not (loss[0] == row[1] and loss[1] + 1 >= row[2])]
+        head.changes += 1
+        transaction.put("manifests", h, encode_committed(h, manifest))
+        log.write_head(transaction, h, head, self._parts.clock_ms())
+
+
+def _is_known(entries: bytes, h: bytes, turn: PreparedTurn) -> bool:
+    found = log.find_turn_id(entries, rules.turn_id_hash(h, turn.turn_id))
+    return found is not None
+
+
+def _follows(head: Head, turn: tuple[int, bytes], prepared: PreparedTurn) -> bool:
+    """Whether a turn, by (seq, chain) as it was acknowledged, is the one after this head."""
+    seq, chain = turn
+    return head.head_seq == seq - 1 and rules.next_chain(states.decode(head.state).chain, prepared.digest) == chain
+
+
+def restored(
+    h: bytes, frames: bytes, hash_key: bytes, tokenizer: Tokenizer
+) -> list[tuple[tuple[int, bytes], PreparedTurn]]:
+    """((seq, chain), turn ready to be appended) of each frame, under its own turn_id. Raises Corrupt."""
+    found: list[tuple[tuple[int, bytes], PreparedTurn]] = []
+    for header in core.scan_frames(h, frames):
+        body = frames[header.offset + HEADER_BYTES : header.end]
+        turn = turn_pb2.Turn.FromString(bytes(frames[header.offset : header.end]))
+        again = turn_pb2.TurnInput(turn_id=turn.turn_id, role=turn.role, status=turn.status)
+        which = turn.WhichOneof("body")
+        if which is not None:
+            getattr(again, which).CopyFrom(getattr(turn, which))
+        if turn.HasField("meta"):
+            again.meta.CopyFrom(turn.meta)
+        prepared = prepare_turn(again, hash_key, tokenizer, 1 << 30, "turns")
+        # What was acknowledged counts, to the byte: what is made anew may differ by a field that nobody knows here.
+        prepared.body = rules.without_field(body, BODY_DERIVED)
+        prepared.digest = header.digest
+        prepared.tokens, prepared.sources = header.tokens, header.sources
+        found.append(((header.seq, header.chain), prepared))
+    return found
