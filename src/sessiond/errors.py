@@ -167,6 +167,9 @@ REASONS: dict[str, Reason] = {
         "Try again: another node takes the session over once its owner's lease has stood still for three lease times.",
         500,
     ),
+    "NODE_UNVERIFIED": Reason(
+        Denied, "PERMISSION_DENIED", "Only nodes of this bucket may call this, each with the node_key that they share."
+    ),
     "EPOCH_LOST": Reason(Conflict, "ABORTED", "Another node wrote this session first; send the call again."),
     "EPOCH_FENCED": Reason(Unavailable, "UNAVAILABLE", "Another node took the session over; send the call again.", 200),
     "PINS_FULL": Reason(

@@ -8,14 +8,17 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import grpc
 import pytest
+from google.protobuf.message import Message
 
 from sessiond.errors import REASONS
 from sessiond.testing import Daemon, running_daemon
+from sessiond.transport.peers import NODE_HEADER, signature
 from sessiond.transport.server import SERVICES
-from sessiond.v1 import admin_pb2, context_pb2, session_pb2, turn_pb2
+from sessiond.v1 import admin_pb2, context_pb2, node_pb2, session_pb2, turn_pb2
 from tests.wire import Refusal, Wire, assistant, message, refusal, tool_call, tool_result, user
 
 MIB = 1024 * 1024
@@ -29,11 +32,14 @@ SERVED = {
     "AppendTurn",
     "ListTurns",
     "ListCheckpoints",
+    "ListOrphans",
     "GetStatus",
     "Flush",
     "Drain",
     "Release",
 }
+# Answered for other nodes only.
+NODE_CALLS = {"Forward", "Rescue"}
 # Exhausts the backtracking stack of the tokenizer's regex; well below the limit on a turn.
 PANIC = " " * 999_999
 _names = (f"bad-{number}" for number in itertools.count())
@@ -937,7 +943,7 @@ def length(payload: bytes) -> bytes:
         f"{service.name}/{method.name}"
         for service in SERVICES
         for method in service.methods
-        if method.name not in SERVED
+        if method.name not in SERVED | NODE_CALLS
     ],
 )
 @pytest.mark.parametrize("sent", [b"", b"\xff\xff\xff"])
@@ -959,6 +965,38 @@ def test_every_other_method_is_served(wire: Wire) -> None:
         if method.name in SERVED and not method.server_streaming:
             error = wire.channel.unary_unary(path).future(b"", timeout=30).exception()
             assert error is None or Refusal(error).code is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def forwarded(wire: Wire, called: str, message: Message, key: bytes, **changed: Any) -> node_pb2.ForwardResponse:
+    """A call as another node would send it, signed with the key."""
+    target = wire.admin.GetStatus(admin_pb2.GetStatusRequest()).incarnation
+    raw_request = message.SerializeToString()
+    fields: dict[str, Any] = {"method": called, "request": raw_request, "tenant": "default", "incarnation": target}
+    signed = signature(key, "elsewhere", bytes(16), target, called, raw_request)
+    sent = node_pb2.ForwardRequest(**{**fields, **changed})
+    header = (NODE_HEADER, f"elsewhere:{bytes(16).hex()}:{signed.hex()}")
+    call = wire.channel.unary_unary("/sessiond.v1.NodeService/Forward")
+    return node_pb2.ForwardResponse.FromString(call(sent.SerializeToString(), timeout=30, metadata=[header]))
+
+
+def test_a_call_from_node_to_node_needs_the_key_that_they_share() -> None:
+    key = bytes(range(32))
+    with running_daemon(node_key=key.hex()) as daemon, contextlib.closing(Wire(daemon.address)) as wire:
+        wire.create("theirs")
+        request = session_pb2.GetSessionRequest(session_id="theirs")
+        answered = forwarded(wire, "GetSession", request, key)
+        assert session_pb2.GetSessionResponse.FromString(answered.reply).session.session_id == "theirs"
+        unsigned = wire.channel.unary_unary("/sessiond.v1.NodeService/Forward")
+        refused("NODE_UNVERIFIED", None, lambda: unsigned(b"", timeout=30))
+        refused("NODE_UNVERIFIED", None, lambda: forwarded(wire, "GetSession", request, bytes(32)))
+        other = session_pb2.GetSessionRequest(session_id="another").SerializeToString()
+        for changed in ({"request": other}, {"method": "DeleteSession"}, {"incarnation": bytes(16)}):
+            refused("NODE_UNVERIFIED", None, partial(forwarded, wire, "GetSession", request, key, **changed))
+        # What is about the node itself is never another node's to ask.
+        refused("NOT_SERVED_YET", None, lambda: forwarded(wire, "Drain", admin_pb2.DrainRequest(), key))
+        refused("NOT_SERVED_YET", None, lambda: forwarded(wire, "Forward", node_pb2.ForwardRequest(), key))
+        rescue = wire.channel.unary_unary("/sessiond.v1.NodeService/Rescue")
+        refused("NODE_UNVERIFIED", None, lambda: rescue(b"", timeout=30))
 
 
 def test_a_flush_of_an_unknown_session_is_not_found(wire: Wire, session: str) -> None:
