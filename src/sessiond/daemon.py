@@ -21,6 +21,7 @@ import structlog
 from sessiond import __version__, core, telemetry
 from sessiond.config import Settings
 from sessiond.errors import Denied, SessiondError, Unavailable
+from sessiond.service.forks import Forks
 from sessiond.service.node import CallCounts, Node
 from sessiond.service.ownership import Ownership, Parts
 from sessiond.service.rescue import Rescues
@@ -43,7 +44,7 @@ from sessiond.tiers.upkeep import Upkeep
 from sessiond.tokens import Tokenizer
 from sessiond.transport.peers import Credentials, PeerChannels, node_key
 from sessiond.transport.server import TENANT, Server
-from sessiond.v1 import admin_pb2
+from sessiond.v1 import admin_pb2, session_pb2
 
 log = structlog.get_logger("sessiond")
 
@@ -231,6 +232,8 @@ class Daemon:
         node = Node(parts, sessions, store, upkeep, __version__, settings.drain_grace_ms, self._calls, router, rescues)
         node.answered_for_others = lambda: server.answered_for_others
         server.serve(sessions, node, router, credentials, rescues.apply, hot.incarnation)
+        forks = Forks(parts, ownership, sessions)
+        server.also_serve("ForkSession", session_pb2.ForkSessionRequest, forks.fork)
         self._rescuing = asyncio.create_task(rescues.run())
         self._conditions = {
             telemetry.CLOUD_TIER_AWAY: lambda: not node.cloud_answers,

@@ -137,6 +137,9 @@ REASONS: dict[str, Reason] = {
     "INVALID_REWIND": Reason(
         Invalid, "INVALID_ARGUMENT", "Rewind to a turn that is in force: at or below the head and not superseded."
     ),
+    "INVALID_FORK": Reason(
+        Invalid, "INVALID_ARGUMENT", "Fork at a turn from 1 to the head, or at a checkpoint that ListCheckpoints names."
+    ),
     "NOT_SERVED_YET": Reason(Unimplemented, "UNIMPLEMENTED", "Use a release that serves this call."),
     # sessions
     "SESSION_NOT_FOUND": Reason(
@@ -174,6 +177,9 @@ REASONS: dict[str, Reason] = {
     "EPOCH_FENCED": Reason(Unavailable, "UNAVAILABLE", "Another node took the session over; send the call again.", 200),
     "PINS_FULL": Reason(
         Exhausted, "RESOURCE_EXHAUSTED", "Unpin a fact first, or raise the policy's pins_budget_tokens."
+    ),
+    "TOO_MANY_FORKS": Reason(
+        Exhausted, "RESOURCE_EXHAUSTED", "Delete forks that are not needed any more, or fork one of the forks."
     ),
     # durability
     "CLOUD_NOT_COMMITTED": Reason(

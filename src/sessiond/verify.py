@@ -16,12 +16,12 @@ from itertools import groupby
 from typing import Any
 
 from sessiond.config import Settings
-from sessiond.core import envelope, invariants, rules
+from sessiond.core import envelope, forks, invariants, rules
 from sessiond.core.expiry import day_of
 from sessiond.core.invariants import HotView, View
 from sessiond.core.manifest import LIFECYCLE_ACTIVE, LIFECYCLE_ARCHIVED, LIFECYCLE_DELETED, Manifest
 from sessiond.errors import Corrupt, NotFound, SessiondError
-from sessiond.tiers.cloud.bucket import Bucket, open_bucket, start_refusal
+from sessiond.tiers.cloud.bucket import Bucket, manifest_key, open_bucket, start_refusal
 from sessiond.tiers.cloud.fit import PASSED_KEY
 from sessiond.tiers.cloud.open import open_configured
 from sessiond.tiers.cloud.store import Listed, ObjectNotFound, ObjectStore, StoreError
@@ -39,6 +39,8 @@ from sessiond.tiers.hot.rows import (
 )
 from sessiond.tiers.hot.survey import hashes, session_damage, survey
 from sessiond.tiers.hydrate import Segments, load
+from sessiond.tiers.pins import is_pinned
+from sessiond.tiers.retire import first_seq_of
 
 READ_AGAIN_MAX = 3
 READ_AGAIN_WAIT_S = 0.3
@@ -269,7 +271,7 @@ class _Checker:
             self._read_cloud(cloud, unreadable, pieces, checked)
             self._read_orphans(cloud, unreadable)
             self._count(cloud, objects)
-            unlisted = list(self._unlisted(cloud, unreadable))
+            unlisted = [*self._unlisted(cloud, unreadable), *self._unpinned(cloud, unreadable)]
         turns = [turn for piece in pieces for turn in self._turns(h, piece, unreadable)]
         for turn in turns:
             checked[turn.header.seq] = turn.header.chain
@@ -299,6 +301,7 @@ class _Checker:
             cloud_checked_seqs=checked,
             unreadable=list(dict.fromkeys(unreadable)),
             unlisted=unlisted,
+            root=forks.root_of(manifest.birth, h) if manifest else b"",
         )
         return view.session, list(invariants.check(view))
 
@@ -309,7 +312,11 @@ class _Checker:
         left_over: list[str] = []
         # A head row that says so is on the flusher's list: it removes everything, and itself last.
         if head is None or head.lifecycle != LIFECYCLE_DELETED:
-            left_over += [f"the object {row.key} is left" for row in (*objects.segments, *objects.orphans)]
+            # What forks name stays for as long as they do.
+            pinned_seq = forks.pinned_seq(tombstone.pins)
+            left = [row.key for row in objects.segments if not 0 < first_seq_of(row.key) <= pinned_seq]
+            left += [row.key for row in objects.orphans]
+            left_over += [f"the object {key} is left" for key in left]
             key = self._user_key(tombstone)
             if self._get(key) is not None:
                 left_over.append(f"the index by user still names it: {key}")
@@ -456,6 +463,19 @@ class _Checker:
                 continue
             if (meta.get("h"), meta.get("session")) != (manifest.h, manifest.session):
                 yield f"the row {key} names another session"
+
+    def _unpinned(self, fork: Manifest, unreadable: list[str]) -> Iterator[str]:
+        """A fork whose parent does not know that its segments are needed."""
+        parent, seq = forks.parent_of(fork.birth), forks.forked_seq(fork.birth)
+        if not parent:
+            return
+        try:
+            found = load(self._store, parent)
+        except Corrupt as error:
+            unreadable.append(f"the manifest of its parent: {error.message}")
+            return
+        if found is None or not is_pinned(found.manifest, fork.h, seq):
+            yield f"its parent's manifest does not pin turns 1 to {seq} for it: {manifest_key(parent)}"
 
     # What belongs to no session -------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol, TypeVar
 
+from sessiond import core
 from sessiond.core.expiry import lifecycle_at
 from sessiond.core.manifest import LIFECYCLE_ARCHIVED, LIFECYCLE_DELETED, Manifest
 from sessiond.errors import Corrupt, NotFound, SessiondError, Unavailable
@@ -31,7 +32,7 @@ from sessiond.tiers.hot.rows import (
     Head,
     decode_committed,
 )
-from sessiond.tiers.hydrate import Claims, Cold, Node, Segments, claimed_epoch, load
+from sessiond.tiers.hydrate import Claims, Cold, Node, Segments, claimed_epoch, is_claim_of, load
 from sessiond.tiers.peers import GONE, Owner, Verdict
 from sessiond.tokens import Tokenizer
 from sessiond.v1 import context_pb2
@@ -245,7 +246,10 @@ class Ownership:
         if owner.incarnation == node.incarnation:
             head = self.peek(manifest.h)
             known = head is not None and head.phase != PHASE_FENCED
-            if head is not None and known and manifest.epoch in (head.epoch, claimed_epoch(head)):
+            ours = head is not None and (
+                manifest.epoch in (head.epoch, claimed_epoch(head)) or is_claim_of(head, manifest)
+            )
+            if known and ours:
                 # A claim of our own is on its way into the rows, or a release on its way out.
                 return Succession(None, True)
         elif owner.name == node.name and self._parts.lease.is_valid():
@@ -348,7 +352,7 @@ class Ownership:
         raise Unavailable("NOT_OWNER", f"Session {session_id!r} keeps changing hands.", {"session_id": session_id})
 
     async def backfill(self, h: bytes, needed: log.HistoryNeeded) -> None:
-        """Fetch the segment just below the hot rows, and put it in front of them."""
+        """Fetch the segment just below the hot rows, and put it in front of them; a single turn further back alone."""
         with self._hot.read() as transaction:
             head = log.read_head(transaction, h)
             value = transaction.get("manifests", h)
@@ -363,8 +367,15 @@ class Ownership:
                 return  # somebody else fetched it
             manifest = decode_committed(h, value)
         last_seq = head.hot_first - 1
+        alone = needed.first_seq if needed.first_seq == needed.last_seq < last_seq else 0
 
         def fetch() -> None:
+            if alone:
+                _, _, frames = self._parts.segments.covering(manifest, alone)
+                header = next(found for found in core.scan_frames(h, frames) if found.seq == alone)
+                frame = frames[header.offset : header.end]
+                self._hot.run_blocking(lambda txn: log.keep_frame(txn, h, alone, frame), len(frame))
+                return
             first_seq, _, frames = self._parts.segments.covering(manifest, last_seq)
             self._hot.run_blocking(lambda txn: log.backfill_rows(txn, h, frames, first_seq), len(frames))
 

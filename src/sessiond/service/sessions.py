@@ -140,7 +140,7 @@ class Sessions:
             creating.add_done_callback(self._own.creating.discard)
             created = await asyncio.shield(creating)
         try:
-            session = await self._describe(call, h, session_id, request.user_id)
+            session = await self.describe(call, h, session_id, request.user_id)
         except NotFound as error:
             if error.reason == "SESSION_DELETED":
                 raise
@@ -156,10 +156,11 @@ class Sessions:
         """A session without its turns."""
         h = self._hash(call, request.session_id)
         check_user_id(request.user_id)
-        session = await self._describe(call, h, request.session_id, request.user_id)
+        session = await self.describe(call, h, request.session_id, request.user_id)
         return session_pb2.GetSessionResponse(session=session)
 
-    async def _describe(self, call: Call, h: bytes, session_id: str, user_id: str) -> session_pb2.Session:
+    async def describe(self, call: Call, h: bytes, session_id: str, user_id: str) -> session_pb2.Session:
+        """A session by its owner's rows, or by the cloud tier where nobody owns it. Raises as finding it does."""
         await self._own.settle_doubt(h)
         with self._hot.read() as transaction:
             head = log.read_head(transaction, h)
@@ -171,9 +172,10 @@ class Sessions:
                     head.session, head.user, manifest, states.decode(head.state), head, self._missing(head.loss)
                 )
         cold = await self._own.cold(h, session_id, user_id)
-        return self._cold_proto(cold.manifest, await self._own.succession(call, cold))
+        return self.describe_cold(cold.manifest, await self._own.succession(call, cold))
 
-    def _cold_proto(self, manifest: Manifest, found: Succession) -> session_pb2.Session:
+    def describe_cold(self, manifest: Manifest, found: Succession) -> session_pb2.Session:
+        """A session by its manifest. found: what taking it would mean."""
         missing = self._missing([*manifest.loss, *([found.loss] if found.loss else [])])
         if not found.takeable:
             missing.append(unreachable(manifest))
@@ -212,6 +214,13 @@ class Sessions:
             live_tokens_o200k=state.live_tokens[0],
             live_tokens_cl100k=state.live_tokens[1],
             forked_from_session_id=str(birth.get("forked_from", "")),
+            forked_at=turn_pb2.TurnPosition(
+                epoch=int(birth["forked_epoch"]),
+                seq=int(birth["forked_seq"]),
+                chain=bytes(birth.get("forked_chain", b"")),
+            )
+            if birth.get("forked_from")
+            else None,
             reset_of_session_id=str(birth.get("reset_of", "")),
             missing=missing,
             owner_node=self._parts.node.name if head else (str(owner[1]) if owner else ""),
@@ -311,7 +320,7 @@ class Sessions:
                 found = await self._own.succession(call, cold)
             except OwnedElsewhere:
                 found = Succession(None, False)  # nobody is asked for the sake of a list: it shows what is flushed
-            return self._cold_proto(cold.manifest, found)
+            return self.describe_cold(cold.manifest, found)
         except Corrupt as error:
             name = await self._own.off_loop(indexed_session, self._parts.store, key)
             return session_pb2.UnreadableSession(session_id=name, reason=error.reason)
@@ -764,7 +773,7 @@ class Sessions:
         if max(durability, done.head.min_durability) >= DURABILITY_CLOUD:
             await self._reach(call, h, done)
         return session_pb2.UpdateSessionResponse(
-            session=await self._describe(call, h, request.session_id, request.user_id),
+            session=await self.describe(call, h, request.session_id, request.user_id),
             appended=appended_proto(done.turns[0]),
         )
 

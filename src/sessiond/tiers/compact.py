@@ -13,8 +13,8 @@ from typing import Any, Final
 from sessiond import core
 from sessiond.core import envelope
 from sessiond.core.layout import SEGMENT_BYTES_MAX
-from sessiond.core.manifest import Manifest
-from sessiond.tiers.cloud.bucket import segment_key
+from sessiond.core.manifest import SEGMENT_ROWS_KEPT, Manifest
+from sessiond.tiers.cloud.bucket import segment_index_key, segment_key
 
 # A segment below this is small. A tail is sealed from 64 KiB on, so that most are.
 SMALL_BYTES_MAX: Final = 1024**2
@@ -55,15 +55,16 @@ def seal(whose: Manifest, epoch: int, frames: bytes) -> tuple[str, bytes, list[A
     return segment_key(whose.h, epoch, first.seq, sha256), body, row
 
 
-def mergeable(rows: list[list[Any]]) -> tuple[int, int] | None:
+def mergeable(rows: list[list[Any]], pinned_seq: int = 0) -> tuple[int, int] | None:
     """(start, stop) of the longest run of small neighbours that fit into one segment; None if it is not worth it.
 
-    Rows of a parent's segments stay as they are: a fork does not own them.
+    Rows of a parent's segments stay as they are: a fork does not own them. So do those up to pinned_seq: forks name
+    them.
     """
     best: tuple[int, int] | None = None
     start = size_bytes = 0
     for stop, row in enumerate(rows, 1):
-        if row[4] >= SMALL_BYTES_MAX or row[8]:
+        if row[4] >= SMALL_BYTES_MAX or row[8] or row[1] <= pinned_seq:
             start, size_bytes = stop, 0
             continue
         size_bytes += row[4]
@@ -73,6 +74,17 @@ def mergeable(rows: list[list[Any]]) -> tuple[int, int] | None:
         if best is None or stop - start > best[1] - best[0]:
             best = start, stop
     return best if best is not None and best[1] - best[0] >= MERGE_SEGMENTS_MIN else None
+
+
+def spill(manifest: Manifest, rows: list[list[Any]]) -> tuple[str, bytes]:
+    """Have a manifest name its newest rows only; (key, bytes) of the object that has the older ones, to be put first."""
+    moved, kept = rows[:-SEGMENT_ROWS_KEPT], rows[-SEGMENT_ROWS_KEPT:]
+    meta = {"v": 1, "h": manifest.h, "session": manifest.session, "tenant": manifest.tenant, "rows": moved}
+    body = envelope.seal(envelope.KIND_SEGMENT_INDEX, meta)
+    name = segment_index_key(manifest.h, manifest.mutation, hashlib.sha256(body).digest())
+    manifest.index = [name, moved[0][1], moved[-1][2], len(moved)]
+    manifest.segments = kept
+    return name, body
 
 
 def row_key(manifest: Manifest, row: list[Any]) -> str:

@@ -6,18 +6,17 @@ rows is reported and never overwritten, and that one session has one flusher at 
 
 from __future__ import annotations
 
-import hashlib
 import heapq
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sessiond.core import envelope
+from sessiond.core import forks
 from sessiond.core import state as states
 from sessiond.core.expiry import day_of
 from sessiond.core.layout import SEGMENT_BYTES_MAX
@@ -28,14 +27,13 @@ from sessiond.core.manifest import (
     KEPT_BYTES_MAX,
     LIFECYCLE_ACTIVE,
     LIFECYCLE_DELETED,
-    SEGMENT_ROWS_KEPT,
     SEGMENT_ROWS_MAX,
     TURN_ID_ENTRY_BYTES,
     TURN_IDS_MAX,
     Manifest,
 )
 from sessiond.errors import Conflict, Corrupt, SessiondError, Unavailable, reason_of
-from sessiond.tiers.cloud.bucket import Bucket, manifest_key, refusal, segment_index_key
+from sessiond.tiers.cloud.bucket import Bucket, manifest_key, refusal
 from sessiond.tiers.cloud.lease import boot_clock_ms
 from sessiond.tiers.cloud.store import Ambiguous, ObjectStore, StoreError
 from sessiond.tiers.compact import (
@@ -45,6 +43,7 @@ from sessiond.tiers.compact import (
     replaced,
     row_key,
     seal,
+    spill,
     with_replaced,
 )
 from sessiond.tiers.hot import log
@@ -62,7 +61,8 @@ from sessiond.tiers.hot.rows import (
 )
 from sessiond.tiers.hydrate import ATTEMPTS_MAX, Cold, Node, Segments, load, put_settled
 from sessiond.tiers.pace import Pace
-from sessiond.tiers.retire import ended, leaves_row, needs_row, put_expiry_row, remove_objects, tombstone
+from sessiond.tiers.pins import let_go
+from sessiond.tiers.retire import ended, leaves_row, needs_row, put_expiry_row, tombstone
 
 BACKOFF_FIRST_MS = 200
 BACKOFF_LAST_MS = 10_000
@@ -100,13 +100,21 @@ class Flushed:
     complete: bool = True
 
 
+# The pins of a manifest as they are to be, from those that it has.
+Repin = Callable[[list[Any]], list[Any]]
+
+
 @dataclass(slots=True)
 class _Wanted:
-    """One request for a flush. unused_since_ms: release only if nothing was appended after that time."""
+    """One request for a flush. unused_since_ms: release only if nothing was appended after that time.
+
+    pins: the manifest's rows for forks as they are to be, from rows as they are; None leaves them.
+    """
 
     release: bool
     future: Future[Flushed]
     unused_since_ms: int | None = None
+    pins: Repin | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,8 +218,11 @@ class Flusher:
             if wanted.future.set_running_or_notify_cancel():
                 wanted.future.set_exception(Unavailable("NODE_DRAINING", "The flusher has stopped."))
 
-    def request(self, h: bytes, release: bool = False) -> Future[Flushed]:
-        """Flush this session now, and release it if asked. The future has the outcome, or the refusal."""
+    def request(self, h: bytes, release: bool = False, pins: Repin | None = None) -> Future[Flushed]:
+        """Flush this session now, and release it if asked. The future has the outcome, or the refusal.
+
+        pins: what to make of the manifest's pins; turns that are pinned are sealed into segments first.
+        """
         future: Future[Flushed] = Future()
         with self._lock:
             if self._stopping:
@@ -223,7 +234,7 @@ class Flusher:
                 future.set_exception(Unavailable("STORE_UNAVAILABLE", what))
                 return future
             # A flush under way may have looked before the caller's turn was committed: it takes another.
-            self._wanted.setdefault(h, []).append(_Wanted(release, future))
+            self._wanted.setdefault(h, []).append(_Wanted(release, future, pins=pins))
             if h not in self._running:
                 self._running.add(h)
                 self._urgent.submit(self._run, h)
@@ -361,7 +372,8 @@ class Flusher:
             with self._lock:
                 self._began[h] = self._boot_ms()
             try:
-                outcome = flushed = self.flush(h, release, unused_since_ms, urgent)
+                repins = [wanted.pins for wanted in waiting if wanted.pins is not None]
+                outcome = flushed = self.flush(h, release, unused_since_ms, urgent, repins)
                 if flushed.wrote and flushed.complete:
                     self._not_before.pop(h, None)
                     self.last_error = ""
@@ -401,11 +413,17 @@ class Flusher:
             self._wake.set()
 
     def flush(
-        self, h: bytes, release: bool = False, unused_since_ms: int | None = None, urgent: bool = True
+        self,
+        h: bytes,
+        release: bool = False,
+        unused_since_ms: int | None = None,
+        urgent: bool = True,
+        repins: Sequence[Repin] = (),
     ) -> Flushed:
         """Commit this session's newest state to the cloud tier, and release it if asked. Blocks.
 
-        unused_since_ms: release only if nothing was appended after that time. urgent: somebody waits for it.
+        unused_since_ms: release only if nothing was appended after that time. urgent: somebody waits for it. repins:
+        what to make of the manifest's pins, one after the other.
         Raises Unavailable, Denied, Corrupt HISTORY_DIVERGED; the session stays dirty then.
         """
         with self._hot.read() as transaction:
@@ -415,12 +433,12 @@ class Flusher:
         if head is not None and head.lifecycle == LIFECYCLE_DELETED:
             return self._delete(h, urgent)
         if not release:
-            return self._flush(h, False, urgent)
+            return self._flush(h, False, urgent, repins)
         before = self._move(h, PHASE_OWNED, PHASE_RELEASING, unused_since_ms)
         if before not in (PHASE_OWNED, PHASE_RELEASING):
-            return self._flush(h, False, urgent)
+            return self._flush(h, False, urgent, repins)
         try:
-            return self._flush(h, True, urgent)
+            return self._flush(h, True, urgent, repins)
         except SessiondError as error:
             # Only whoever began a release may take it back, and only if it surely did not land: while nobody knows, or
             # an earlier one may have landed, the row keeps appends out.
@@ -442,10 +460,13 @@ class Flusher:
             )
         if not head.tombstoned:
             self._entomb(h, head)
+        with self._hot.read() as transaction:
+            value = transaction.get("manifests", h)
+            known = None if value is None else decode_committed(h, value)
         # The tombstone is definite: what nobody can reach any more may go, in the cloud tier and then here.
         try:
             most = REMOVED_URGENT_MAX if urgent else REMOVED_MAX
-            if not remove_objects(self._store, self._bucket, h, head, most):
+            if not let_go(self._store, self._bucket, head, h, most, self._clock_ms(), self._wait, known):
                 return Flushed(head.cloud_seq, True, True)  # its row stays dirty: the rest goes in the background
         except SessiondError as error:
             # It is deleted all the same; nor does it say anything about the store's other answers.
@@ -486,7 +507,7 @@ class Flusher:
 
         self._hot.run_blocking(operation)
 
-    def _flush(self, h: bytes, release: bool, urgent: bool) -> Flushed:
+    def _flush(self, h: bytes, release: bool, urgent: bool, repins: Sequence[Repin] = ()) -> Flushed:
         # Segments of an earlier flush whose manifest did not come to stand are there: sealing again what is longer by
         # now would leave one behind with each failure.
         sealed = self._sealed.get(h, [])
@@ -494,7 +515,7 @@ class Flusher:
             # A session that is written to without a pause would be sealed for ever: after some rounds what came in
             # meanwhile travels inline, though it is more than a tail should be.
             inline_max = INLINE_TAIL_BYTES_MAX if len(sealed) < SEAL_ROUNDS_MAX else SEGMENT_BYTES_MAX
-            cut = self._look(h, sealed, release, inline_max)
+            cut = self._look(h, sealed, release, inline_max, repins)
             if isinstance(cut, Flushed):
                 return cut
             if not cut.tail:
@@ -514,7 +535,7 @@ class Flusher:
         try:
             etag = put_settled(self._store, h, cut.manifest, cut.head.etag, self._wait)
         except Conflict as lost:
-            return self._catch_up(h, cut, lost, release)
+            return self._catch_up(h, cut, lost, release, repins)
         self._sealed.pop(h, None)
         self._note_commit(h)
         self._settle(h, cut.manifest, etag, cut.head.changes, release)
@@ -527,7 +548,7 @@ class Flusher:
 
     def _merge(self, manifest: Manifest, urgent: bool) -> None:
         """Put one large segment in the place of many small ones, if it is time for that."""
-        run = mergeable(manifest.segments)
+        run = mergeable(manifest.segments, forks.pinned_seq(manifest.pins))
         if run is None or (urgent and run[1] - run[0] < MERGE_SEGMENTS_OVERDUE):
             return
         rows = manifest.segments[run[0] : run[1]]
@@ -576,18 +597,25 @@ class Flusher:
 
         return self._hot.run_blocking(operation)
 
-    def _look(self, h: bytes, sealed: list[list[Any]], release: bool, inline_max: int) -> _Cut | Flushed:
+    def _look(
+        self, h: bytes, sealed: list[list[Any]], release: bool, inline_max: int, repins: Sequence[Repin]
+    ) -> _Cut | Flushed:
         with self._hot.read() as transaction:
             head = log.read_head(transaction, h)
             if head is None or head.phase not in (PHASE_OWNED, PHASE_RELEASING):
                 released = head is None or head.phase == PHASE_RELEASED
                 return Flushed(head.cloud_seq if head else 0, False, released)
-            if not head.is_dirty and not release and not sealed:
+            if not head.is_dirty and not release and not sealed and not repins:
                 return Flushed(head.cloud_seq, False, False)
             value = transaction.get("manifests", h)
             if value is None:
                 raise Corrupt("CORRUPT_HOT_ROW", f"Session {h.hex()} has a head row and no manifest row.")
             base = decode_committed(h, value)
+            pins = base.pins
+            for repin in repins:
+                pins = repin(pins)
+            if not head.is_dirty and not release and not sealed and pins == base.pins:
+                return Flushed(head.cloud_seq, False, False)
             if head.lifecycle == LIFECYCLE_DELETED:
                 stone = tombstone(replace(base, mutation=head.mutation + 1, write_id=os.urandom(8), head=head.head_seq))
                 stone.epochs = [*base.epochs[:-1], [*base.epochs[-1][:3], stone.mutation]]
@@ -598,26 +626,33 @@ class Flusher:
             segments = [*base.segments, *sealed]
             first_unsealed = (segments[-1][2] if segments else base.sealed_seq) + 1
             tail, tail_last = b"", first_unsealed - 1
-            if first_unsealed <= head.head_seq:
+            # What forks name lies in segments that end where they were forked.
+            pinned_seq = min(forks.pinned_seq(pins), head.head_seq)
+            if first_unsealed <= pinned_seq:
+                tail, tail_last = log.frames_between(transaction, h, first_unsealed, pinned_seq, SEGMENT_BYTES_MAX)
+            elif first_unsealed <= head.head_seq:
                 tail, tail_last = log.frames_between(transaction, h, first_unsealed, head.head_seq, SEGMENT_BYTES_MAX)
                 if tail_last == head.head_seq and len(tail) < inline_max:
                     tail = b""
             if tail:
                 return _Cut(head, base, base, tail, tail_last)
-            return _Cut(head, base, self._manifest(transaction, h, head, base, segments, release), b"", tail_last)
+            manifest = self._manifest(transaction, h, head, replace(base, pins=pins), segments, release)
+            return _Cut(head, base, manifest, b"", tail_last)
 
     def _manifest(
         self, transaction: Transaction, h: bytes, head: Head, base: Manifest, segments: list[list[Any]], release: bool
     ) -> Manifest:
         first_unsealed = (segments[-1][2] if segments else base.sealed_seq) + 1
+        # A parent's turns are in the parent's objects only.
+        own_first = forks.forked_seq(base.birth) + 1
         inline, inline_first = log.newest_frames(
-            transaction, h, head.head_seq, first_unsealed, INLINE_NEWEST_BYTES, head.hot_first
+            transaction, h, head.head_seq, first_unsealed, INLINE_NEWEST_BYTES, max(head.hot_first, own_first)
         )
         state = states.decode(head.state)
         kept: list[int] = []
         pieces: list[bytes] = []
         for place in (state.instructions, *state.summary):
-            if place is None or place[0] >= inline_first:
+            if place is None or place[0] >= inline_first or place[0] < own_first:
                 continue
             try:
                 header, buffer = log.frame_at(transaction, h, place[0])
@@ -676,17 +711,11 @@ class Flusher:
 
     def _spill(self, manifest: Manifest) -> None:
         """Move the older segment rows into an index object, so that the manifest stays small."""
-        rows = self._segments.rows(manifest)
-        moved, kept = rows[:-SEGMENT_ROWS_KEPT], rows[-SEGMENT_ROWS_KEPT:]
-        meta = {"v": 1, "h": manifest.h, "session": manifest.session, "tenant": manifest.tenant, "rows": moved}
-        body = envelope.seal(envelope.KIND_SEGMENT_INDEX, meta)
-        name = segment_index_key(manifest.h, manifest.mutation, hashlib.sha256(body).digest())
-        self._put_immutable(name, body)
-        if manifest.index is not None:
-            before = (str(manifest.index[0]), self._clock_ms())
-            manifest.extra = with_replaced(manifest, [*replaced(manifest), before])
-        manifest.index = [name, moved[0][1], moved[-1][2], len(moved)]
-        manifest.segments = kept
+        before = manifest.index
+        self._put_immutable(*spill(manifest, self._segments.rows(manifest)))
+        if before is not None:
+            gone = (str(before[0]), self._clock_ms())
+            manifest.extra = with_replaced(manifest, [*replaced(manifest), gone])
 
     def _settle(self, h: bytes, manifest: Manifest, etag: str, changes: int, release: bool) -> None:
         """Write down in LMDB what was committed."""
@@ -716,7 +745,9 @@ class Flusher:
 
         self._hot.run_blocking(operation)
 
-    def _catch_up(self, h: bytes, cut: _Cut, lost: Conflict, release: bool) -> Flushed:
+    def _catch_up(
+        self, h: bytes, cut: _Cut, lost: Conflict, release: bool, repins: Sequence[Repin] = ()
+    ) -> Flushed:
         """The manifest is not where our rows say. Either an answer of ours was lost, or somebody else is the owner."""
         found = load(self._store, h)
         if found is None:
@@ -733,13 +764,13 @@ class Flusher:
                     {"session_id": head.session},
                 )
             if theirs.mutation <= head.mutation:
-                return self._flush_over(h, found, head, release)
+                return self._flush_over(h, found, head, release, repins)
             # A crash came between the store's answer and our row: take the answer now, then flush the rest.
             same = (theirs.lifecycle, theirs.policy, theirs.loss) == (head.lifecycle, head.policy, head.loss)
             same = same and all(getattr(theirs, name) == getattr(cut.base, name) for name in NOTED)
             changes = head.changes if same else head.changes_flushed
             self._settle(h, theirs, found.etag, changes, theirs.owner is None)
-            return self._flush(h, release, True)
+            return self._flush(h, release, True, repins)
         if theirs.epoch > head.epoch:
             self._fence(h, theirs.lifecycle == LIFECYCLE_DELETED)
             raise Unavailable(
@@ -749,7 +780,9 @@ class Flusher:
             )
         raise lost
 
-    def _flush_over(self, h: bytes, found: Cold, head: Head, release: bool) -> Flushed:
+    def _flush_over(
+        self, h: bytes, found: Cold, head: Head, release: bool, repins: Sequence[Repin] = ()
+    ) -> Flushed:
         """Our own manifest stands there, no newer than our rows say, and yet the condition did not hold."""
         name = manifest_key(h)
         if found.etag == head.etag:
@@ -771,7 +804,7 @@ class Flusher:
 
         # Somebody put the same bytes back, and the store gave them another etag.
         self._hot.run_blocking(operation)
-        return self._flush(h, release, True)
+        return self._flush(h, release, True, repins)
 
     def _is_ours(self, h: bytes, theirs: Manifest, head: Head) -> bool:
         """Whether our log contains the manifest's as a prefix."""

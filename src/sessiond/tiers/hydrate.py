@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sessiond import core
-from sessiond.core import envelope
+from sessiond.core import envelope, forks
 from sessiond.core import manifest as manifests
 from sessiond.core import state as states
 from sessiond.core.expiry import expires_ms
@@ -84,7 +84,7 @@ class Segments:
 
     def __init__(self, store: ObjectStore) -> None:
         self._store = store
-        self._held: OrderedDict[str, bytes] = OrderedDict()
+        self._held: OrderedDict[tuple[str, bytes, int], bytes] = OrderedDict()
         self._indexes: OrderedDict[str, list[list[Any]]] = OrderedDict()
         self._held_bytes = 0
         self._lock = threading.Lock()
@@ -132,25 +132,35 @@ class Segments:
         return int(row[1]), int(row[2]), self.frames(manifest, row)
 
     def frames(self, manifest: Manifest, row: list[Any]) -> bytes:
-        """The frames of one segment. Raises Corrupt CORRUPT_SEGMENT or MISSING_SEGMENT, Unavailable."""
+        """The frames of one segment's row, those of a parent sealed anew with this session's hash.
+
+        Raises Corrupt CORRUPT_SEGMENT or MISSING_SEGMENT, Unavailable.
+        """
         epoch, first, last, sha256 = int(row[0]), int(row[1]), int(row[2]), bytes(row[3])
         origin = bytes(row[8]) or manifest.h
         name = segment_key(origin, epoch, first, sha256)
+        key = name, manifest.h, last
         with self._lock:
-            held = self._held.get(name)
+            held = self._held.get(key)
             if held is not None:
-                self._held.move_to_end(name)
+                self._held.move_to_end(key)
                 return held
         meta, payload = envelope.unseal(self._object(name, sha256.hex()), envelope.KIND_SEGMENT, name)
-        if meta.get("h") != origin or meta.get("first") != first or meta.get("last") != last:
+        ends_at = int(meta.get("last", 0))
+        if meta.get("h") != origin or meta.get("first") != first or not (ends_at == last or last < ends_at and row[8]):
             raise Corrupt(
                 "CORRUPT_SEGMENT", f"The segment {name} holds other turns than its name says.", {"object": name}
             )
         headers = core.scan_frames(origin, payload)
-        if [header.seq for header in headers] != list(range(first, last + 1)):
+        if [header.seq for header in headers] != list(range(first, ends_at + 1)):
             raise Corrupt("CORRUPT_SEGMENT", f"The segment {name} has a gap.", {"object": name})
+        if row[8]:
+            headers = headers[: last - first + 1]
+            if headers[-1].chain != bytes(row[10]):
+                raise Corrupt("CORRUPT_SEGMENT", f"The segment {name} is of another history.", {"object": name})
+            payload = forks.reseal(manifest.h, payload, headers)
         with self._lock:
-            self._held[name] = payload
+            self._held[key] = payload
             self._held_bytes += len(payload)
             while self._held_bytes > SEGMENT_BYTES_HELD_MAX and len(self._held) > 1:
                 self._held_bytes -= len(self._held.popitem(last=False)[1])
@@ -322,6 +332,15 @@ def first_manifest(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Turns to hold hot: single ones (kept_frames), and consecutive ones from first_seq to the head (frames)."""
+
+    kept_frames: bytes
+    frames: bytes
+    first_seq: int
+
+
 class Claims:
     """Makes sessions, and takes unowned ones, for this node: intent in LMDB, conditional write, rows in LMDB."""
 
@@ -349,14 +368,15 @@ class Claims:
         """Stop the threads."""
         self._pool.shutdown(wait=True)
 
-    def create(self, manifest: Manifest) -> bool:
+    def create(self, manifest: Manifest, rows: Rows | None = None) -> bool:
         """Make a session; False if the cloud tier has one of this name already. Both objects are definite on return.
 
-        Raises Unavailable, Denied, Corrupt; the session then does not exist, or a repeated call finishes it.
+        rows: turns to hold hot that the manifest does not. Raises Unavailable, Denied, Corrupt; the session then does
+        not exist, or a repeated call finishes it.
         """
         h = manifest.h
         tenure: int | None = self._tenure()
-        intent = head_from_manifest(manifest, "", 1, PHASE_CLAIMING)
+        intent = head_from_manifest(manifest, "", manifest.epoch, PHASE_CLAIMING)
 
         def remember(transaction: Transaction) -> bool:
             known = log.read_head(transaction, h)
@@ -385,7 +405,7 @@ class Claims:
                     self._drop_stray_index(manifest, found.manifest)
                     return False
                 # Our own earlier attempt, whose answer was lost; what it wrote is what counts, and may lack its index.
-                manifest, etag, tenure = found.manifest, found.etag, None
+                manifest, etag, tenure, rows = found.manifest, found.etag, None, None
                 try:
                     self._put_index_rows(manifest)
                 except StoreError as error:
@@ -395,8 +415,15 @@ class Claims:
                 index.result()
             except StoreError as error:
                 raise refusal(error) from error
-        self._settle(manifest, etag, tenure)
+        self._settle(manifest, etag, tenure, rows)
         return True
+
+    def put_object(self, key: str, body: bytes) -> None:
+        """Put an object whose name carries its content's hash. Raises as the store does."""
+        try:
+            self._put_settled(lambda: self._store.put(key, body))
+        except StoreError as error:
+            raise refusal(error) from error
 
     def _owns(self, manifest: Manifest) -> bool:
         return manifest.owner is not None and manifest.owner[0] == self._node.incarnation
@@ -528,7 +555,7 @@ class Claims:
             raise refusal(error) from error
         return [key, known.epoch, first, last, sha256]
 
-    def _settle(self, manifest: Manifest, etag: str, tenure: int | None) -> None:
+    def _settle(self, manifest: Manifest, etag: str, tenure: int | None, rows: Rows | None = None) -> None:
         """Make the hot tier hold a session that the cloud tier says is ours.
 
         tenure: the node's when its claim was sent; None for a claim that was sent nobody knows when. If the node was
@@ -536,21 +563,22 @@ class Claims:
         """
         h = manifest.h
         head = head_from_manifest(manifest, etag, manifest.epoch, PHASE_DOUBTED)
+        held = rows or Rows(manifest.kept_frames, manifest.inline_frames, manifest.inline_first)
 
         def operation(transaction: Transaction) -> None:
             if tenure == self._tenure():
                 head.phase = PHASE_OWNED
             known = log.read_head(transaction, h)
             # Only over the intent that this claim left: whatever came in between knows more.
-            if known is None or known.phase != PHASE_CLAIMING or claimed_epoch(known) != manifest.epoch:
+            if known is None or not is_claim_of(known, manifest):
                 return
             log.replace_rows(
                 transaction,
                 h,
                 head,
-                manifest.kept_frames,
-                manifest.inline_frames,
-                manifest.inline_first,
+                held.kept_frames,
+                held.frames,
+                held.first_seq,
                 manifest.turn_ids,
                 manifest.checkpoints,
             )
@@ -562,14 +590,14 @@ class Claims:
             transaction.put("users", key, wrap(h, "users", manifest.session.encode()))
 
         # Never of no weight: what is left of a full disk is for flush, release and evict.
-        self._hot.run_blocking(operation, weight_bytes=1 + len(manifest.payload))
+        self._hot.run_blocking(operation, weight_bytes=1 + len(held.kept_frames) + len(held.frames))
 
     def resume_claim(self, cold: Cold, head: Head) -> bool:
         """Finish a claim that a crash cut short after its write had landed; whether it had."""
         manifest = cold.manifest
         if manifest.owner is None or manifest.owner[0] != self._node.incarnation:
             return False
-        if manifest.epoch != claimed_epoch(head) or head.phase != PHASE_CLAIMING:
+        if not is_claim_of(head, manifest):
             return False
         if head.claim is None:
             # A creation: its rows in the indexes may be missing still.
@@ -609,6 +637,16 @@ class Claims:
 def claimed_epoch(head: Head) -> int:
     """The epoch that a claim on its way is for; a creation's is the row's own."""
     return int(head.claim[0]) if head.claim else head.epoch
+
+
+def is_claim_of(head: Head, manifest: Manifest) -> bool:
+    """Whether a manifest of this incarnation is what the claim on its way would have written.
+
+    A creation may have been begun twice, as a session and as a fork: whichever stands there is the session's first.
+    """
+    if head.phase != PHASE_CLAIMING:
+        return False
+    return manifest.mutation == 1 if head.claim is None else int(head.claim[0]) == manifest.epoch
 
 
 def has_orphans(head: Head) -> bool:

@@ -19,7 +19,7 @@ from sessiond.tiers.hot.rows import DURABILITY_CLOUD, Head
 
 
 def tombstone(manifest: Manifest) -> Manifest:
-    """The manifest that stays for ever: whose the id was, and nothing of what was said."""
+    """The manifest that stays for ever: whose the id was, and nothing of what was said; pins of forks stay with it."""
     birth: dict[str, Any] = {
         "created_ms": manifest.birth.get("created_ms", 0),
         "metadata": {},
@@ -28,6 +28,8 @@ def tombstone(manifest: Manifest) -> Manifest:
         "forked_seq": 0,
         "reset_of": "",
     }
+    if manifest.birth.get("parent"):
+        birth["parent"] = manifest.birth["parent"]  # what it kept there is let go of, now or in another try
     return replace(
         manifest,
         owner=None,
@@ -51,28 +53,47 @@ def tombstone(manifest: Manifest) -> Manifest:
     )
 
 
-def remove_objects(store: ObjectStore, bucket: Bucket, h: bytes, was: Head | Manifest, objects_max: int) -> bool:
+def remove_objects(
+    store: ObjectStore, bucket: Bucket, h: bytes, was: Head | Manifest, objects_max: int, pinned_seq: int = 0
+) -> bool:
     """Remove what a tombstone left behind: segments, orphans, the rows that name the session. Whether all of it.
 
     It lists the session's own prefixes, so that objects go too that no manifest ever named; segments and orphans at
-    most objects_max, to go on another time. was: the session, before its tombstone or after. Raises as the store does.
+    most objects_max, to go on another time. was: the session, before its tombstone or after. pinned_seq: segments that
+    begin up to this turn stay, for forks name them. Raises as the store does.
     """
     created_ms = was.created_ms if isinstance(was, Head) else int(was.birth.get("created_ms", 0))
     left = objects_max
     try:
         for prefix in (f"s/{h.hex()}/", f"o/{h.hex()}/"):
-            keys = [row.key for row in store.list(prefix, limit=left + 1)]
-            for key in keys[:left]:
-                store.delete(key)
-            if len(keys) > left:
-                return False
-            left -= len(keys)
+            start_after = ""
+            while True:
+                keys = [row.key for row in store.list(prefix, start_after, left + 1)]
+                for key in keys:
+                    if 0 < first_seq_of(key) <= pinned_seq:
+                        continue
+                    if left == 0:
+                        return False
+                    store.delete(key)
+                    left -= 1
+                if len(keys) <= left:
+                    break
+                start_after = keys[-1]
         store.delete(bucket.user_index_key(was.tenant, was.user, created_ms, h))
         if was.expires_ms:
             store.delete(bucket.expiry_key(was.tenant, day_of(was.expires_ms), h))
     except StoreError as error:
         raise refusal(error) from error
     return True
+
+
+def first_seq_of(key: str) -> int:
+    """The first turn of a segment, by its key as bucket.segment_key makes it; 0 for the key of anything else."""
+    parts = key.split("/")[-1].split("-")
+    try:
+        return int(parts[1], 16) if key.startswith("s/") and len(parts[0]) == 8 and len(parts) == 3 else 0
+    except ValueError:
+        return 0
 
 
 def put_expiry_row(store: ObjectStore, bucket: Bucket, manifest: Manifest) -> None:

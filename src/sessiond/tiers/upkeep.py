@@ -32,7 +32,8 @@ from sessiond.tiers.hot.rows import (
     user_key,
 )
 from sessiond.tiers.hydrate import Cold, Node, load, put_settled
-from sessiond.tiers.retire import ended, remove_objects
+from sessiond.tiers.pins import let_go
+from sessiond.tiers.retire import ended
 
 TICK_S: Final = 0.25
 # Head rows looked at in one tick: 200,000 sessions are gone through in 100 s, for 1 % of a core.
@@ -392,7 +393,7 @@ class Upkeep:
             return False  # what can't be read ends nothing
         if cold is not None and cold.manifest.lifecycle == LIFECYCLE_DELETED:
             # Ended, and then cut short: by this row the rest of it is found.
-            if not remove_objects(self._store, self._bucket, h, cold.manifest, REMOVED_MAX):
+            if not self._let_go(cold.manifest, cold.manifest):
                 return False
         elif cold is not None and self._is_due(cold.manifest, int(day, 16)) and not self._retire(cold, head):
             return True  # its owner sees to it, and to the row
@@ -428,7 +429,12 @@ class Upkeep:
             # The flusher removes what this node holds, and the objects with it.
             self._hot.run_blocking(lambda transaction: _note_deleted(transaction, end.h, self._clock_ms()))
             return True
-        return remove_objects(self._store, self._bucket, end.h, manifest, REMOVED_MAX)
+        return self._let_go(manifest, end)
+
+    def _let_go(self, was: Manifest, tombstone: Manifest) -> bool:
+        return let_go(
+            self._store, self._bucket, was, was.h, REMOVED_MAX, self._clock_ms(), self._wait, known=tombstone
+        )
 
 
 def _day(key: str) -> int:

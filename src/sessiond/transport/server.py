@@ -162,6 +162,10 @@ class Server:
         }
         node.on_phase = self._schedule_health
 
+    def also_serve(self, name: str, kind: type[Message], work: Any) -> None:
+        """Connect one more unary call, after `serve`. work: takes (Call, request) and returns the response."""
+        self._unary[name] = _message(kind, work)
+
     def _handler(self, service: str, name: str, streams: bool) -> Any:
         if streams:
             return grpc.unary_stream_rpc_method_handler(self._stream(name))

@@ -728,6 +728,13 @@ def backfill_rows(transaction: Transaction, h: bytes, frames: bytes, first_seq: 
     return True
 
 
+def keep_frame(transaction: Transaction, h: bytes, seq: int, frame: bytes) -> None:
+    """Keep a single older turn, fetched from the cloud tier, alone in front of the hot ones."""
+    head = read_head(transaction, h)
+    if head is not None and seq < head.hot_first:
+        transaction.put("turns", seq_key(h, seq), frame)
+
+
 def doubt_owned(transaction: Transaction, start: bytes, limit: int) -> bytes | None:
     """Doubt every session held as owned, a batch from key `start` on; the key to go on at, or None."""
     batch: list[tuple[bytes, Head]] = []
