@@ -34,6 +34,7 @@ SERVED = {
     "ListTurns",
     "ListCheckpoints",
     "ListOrphans",
+    "ForkSession",
     "GetStatus",
     "Flush",
     "Drain",

@@ -13,7 +13,7 @@ Meta keys (unknown ones are carried along in `extra` and written back):
     write_id         8 random bytes of this very write: tells a write of ours from another under the same mutation
     epoch epochs     the present epoch; a row [epoch, incarnation, first_seq, last_mutation] per epoch, newest last
     owner            [incarnation, node, address], or nil once released
-    birth            {created_ms, metadata, forked_from, forked_epoch, forked_seq, reset_of}; a fork's has more, see `forks`
+    birth            {created_ms, metadata, forked_from, forked_epoch, forked_seq, reset_of}; a fork has more (`forks`)
     policy           the policy as the log and CreateSession left it, {} for defaults
     head head_epoch  the newest turn in the cloud tier: this head is cloud_seq
     state            the fold of the log up to head (see `layout`)
@@ -21,8 +21,8 @@ Meta keys (unknown ones are carried along in `extra` and written back):
     turn_ids         24 bytes for each of the last turns: turn_id hash (8), body digest's start (8), seq (8, big-endian)
     segments         rows [epoch, first, last, sha256, stored bytes, cumulative x3 at last, origin h, key id, chain at
                      last], ascending. origin h: empty for the session itself; a fork names its parent here, fetches
-                     from its segments, and checks their frames with that hash; its own payload holds only its own turns.
-                     Of such an object the row may name fewer turns than it holds: those up to where it was forked
+                     from its segments, and checks their frames with that hash; its own payload holds only its own turns
+                     (of such an object the row may name fewer turns than it holds: those up to where it was forked)
     index            [name, first, last, rows] of the object that older rows were moved to, or nil
     kept kept_bytes  seqs of the kept frames, and their bytes in the payload
     inline_first     seq of the first inline frame; head + 1 if there is none
@@ -34,7 +34,7 @@ Meta keys (unknown ones are carried along in `extra` and written back):
     orphans          rows [name, epoch, first, last, sha256] of objects with turns of a fenced node that are in no log
     state_keys       of StateService: empty until used
     pins             rows [fork's h, its id, first, last, pinned at ms]: segments of these turns stay as they are, also
-                     behind a tombstone, for as long as the fork needs them; a fork's pin holds while one of its own does
+                     behind a tombstone, for as long as the fork needs them; it does while it is pinned itself
 
 Rows only grow at their end: a reader takes the places that it knows and carries the others along. The epoch table keeps
 its newest EPOCH_ROWS_MAX rows; whether a write landed is told by write_id, never by rows that may be gone.

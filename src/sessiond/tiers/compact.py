@@ -77,7 +77,7 @@ def mergeable(rows: list[list[Any]], pinned_seq: int = 0) -> tuple[int, int] | N
 
 
 def spill(manifest: Manifest, rows: list[list[Any]]) -> tuple[str, bytes]:
-    """Have a manifest name its newest rows only; (key, bytes) of the object that has the older ones, to be put first."""
+    """Have a manifest name its newest rows only; (key, bytes) of the object with the older ones, to be put first."""
     moved, kept = rows[:-SEGMENT_ROWS_KEPT], rows[-SEGMENT_ROWS_KEPT:]
     meta = {"v": 1, "h": manifest.h, "session": manifest.session, "tenant": manifest.tenant, "rows": moved}
     body = envelope.seal(envelope.KIND_SEGMENT_INDEX, meta)

@@ -745,9 +745,7 @@ class Flusher:
 
         self._hot.run_blocking(operation)
 
-    def _catch_up(
-        self, h: bytes, cut: _Cut, lost: Conflict, release: bool, repins: Sequence[Repin] = ()
-    ) -> Flushed:
+    def _catch_up(self, h: bytes, cut: _Cut, lost: Conflict, release: bool, repins: Sequence[Repin] = ()) -> Flushed:
         """The manifest is not where our rows say. Either an answer of ours was lost, or somebody else is the owner."""
         found = load(self._store, h)
         if found is None:
@@ -780,9 +778,7 @@ class Flusher:
             )
         raise lost
 
-    def _flush_over(
-        self, h: bytes, found: Cold, head: Head, release: bool, repins: Sequence[Repin] = ()
-    ) -> Flushed:
+    def _flush_over(self, h: bytes, found: Cold, head: Head, release: bool, repins: Sequence[Repin] = ()) -> Flushed:
         """Our own manifest stands there, no newer than our rows say, and yet the condition did not hold."""
         name = manifest_key(h)
         if found.etag == head.etag:

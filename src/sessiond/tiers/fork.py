@@ -116,7 +116,7 @@ def _cut_rows(parent: Manifest, rows: list[list[Any]], at: Header) -> list[list[
 
 def _folded(segments: Segments, parent: Manifest, fork: Manifest) -> tuple[bytes, list[list[Any]]]:
     """(state at the fork, its newest checkpoints): the parent's where it still has them, else a replay."""
-    saved = [[int(version), bytes(state)] for version, state in parent.checkpoints]
+    saved: list[list[Any]] = [[int(version), bytes(state)] for version, state in parent.checkpoints]
     saved = [entry for entry in saved if entry[0] & 0xFFFFFFFF <= fork.head]
     state, cursor = states.genesis(forks.root_of(fork.birth, fork.h), fork.birth["metadata"]), 0
     if saved:
@@ -149,9 +149,7 @@ def _newest(segments: Segments, fork: Manifest) -> tuple[list[bytes], Rows]:
                 size, hot_first = size + length, header.seq
             if header.seq >= first_id:
                 turn_id = turn_id_of(frames[header.offset + HEADER_BYTES : header.end])
-                entries.append(
-                    rules.turn_id_hash(fork.h, turn_id) + header.digest[:8] + header.seq.to_bytes(8, "big")
-                )
+                entries.append(rules.turn_id_hash(fork.h, turn_id) + header.digest[:8] + header.seq.to_bytes(8, "big"))
         due = first - 1
     return entries[::-1], Rows(b"", b"".join(reversed(pieces)), hot_first)
 

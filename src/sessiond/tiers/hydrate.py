@@ -147,7 +147,11 @@ class Segments:
                 return held
         meta, payload = envelope.unseal(self._object(name, sha256.hex()), envelope.KIND_SEGMENT, name)
         ends_at = int(meta.get("last", 0))
-        if meta.get("h") != origin or meta.get("first") != first or not (ends_at == last or last < ends_at and row[8]):
+        if (
+            meta.get("h") != origin
+            or meta.get("first") != first
+            or (ends_at != last and not (row[8] and last < ends_at))
+        ):
             raise Corrupt(
                 "CORRUPT_SEGMENT", f"The segment {name} holds other turns than its name says.", {"object": name}
             )

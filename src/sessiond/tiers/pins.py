@@ -70,7 +70,12 @@ def let_go(
     was: the session, before its tombstone or after. known: the tombstone as this node wrote or read it. Whether
     nothing is left to do now. Raises as the store does.
     """
-    if known is not None and known.lifecycle == LIFECYCLE_DELETED and not known.pins and not forks.parent_of(known.birth):
+    if (
+        known is not None
+        and known.lifecycle == LIFECYCLE_DELETED
+        and not known.pins
+        and not forks.parent_of(known.birth)
+    ):
         return remove_objects(store, bucket, h, was, objects_max)
     # By the tombstone as it stands: this node's rows may be older than a fork that was made elsewhere.
     tombstone = load(store, h)

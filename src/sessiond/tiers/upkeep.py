@@ -432,9 +432,7 @@ class Upkeep:
         return self._let_go(manifest, end)
 
     def _let_go(self, was: Manifest, tombstone: Manifest) -> bool:
-        return let_go(
-            self._store, self._bucket, was, was.h, REMOVED_MAX, self._clock_ms(), self._wait, known=tombstone
-        )
+        return let_go(self._store, self._bucket, was, was.h, REMOVED_MAX, self._clock_ms(), self._wait, known=tombstone)
 
 
 def _day(key: str) -> int:
