@@ -1,4 +1,4 @@
-"""Forks over the port: the same windows as a fresh log of the same turns, and nothing of the parent is copied or lost."""
+"""Forks over the port: the windows of a fresh log of the same turns; nothing of the parent is copied or lost."""
 
 from __future__ import annotations
 
