@@ -251,7 +251,8 @@ class Server:
         metadata: Any = context.invocation_metadata()
         self._credentials.check(metadata, forwarded.incarnation, name, forwarded.request)
         if forwarded.incarnation != self._incarnation:
-            return node_pb2.ForwardResponse(not_owner=True).SerializeToString()
+            # Not "ask again who the owner is": the bucket may name it for ever. Its lease tells that it is gone.
+            raise Unavailable("NOT_OWNER", "The hot tier that this call is meant for is not here any more.")
         served = self._unary.get(name)
         if served is None or name not in FORWARDED:
             raise self._not_served(name)
