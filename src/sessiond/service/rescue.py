@@ -13,7 +13,7 @@ from typing import Any, Final
 from sessiond import core
 from sessiond.core import rules
 from sessiond.core import state as states
-from sessiond.core.layout import HEADER_BYTES
+from sessiond.core.layout import HEADER_BYTES, PREFIX_BYTES
 from sessiond.core.manifest import LIFECYCLE_ACTIVE, LIFECYCLE_DELETED
 from sessiond.errors import SessiondError, Unavailable, reason_of
 from sessiond.service.ownership import Call, Ownership, Parts
@@ -259,7 +259,7 @@ def restored(
     found: list[tuple[tuple[int, bytes], PreparedTurn]] = []
     for header in core.scan_frames(h, frames):
         body = frames[header.offset + HEADER_BYTES : header.end]
-        turn = turn_pb2.Turn.FromString(bytes(frames[header.offset : header.end]))
+        turn = turn_pb2.Turn.FromString(bytes(frames[header.offset + PREFIX_BYTES : header.end]))
         again = turn_pb2.TurnInput(turn_id=turn.turn_id, role=turn.role, status=turn.status)
         which = turn.WhichOneof("body")
         if which is not None:

@@ -14,6 +14,7 @@ from typing import Any, Final, TypeVar
 from sessiond import core
 from sessiond.core import rules
 from sessiond.core import state as states
+from sessiond.core.layout import PREFIX_BYTES
 from sessiond.core.manifest import LIFECYCLE_ACTIVE, LIFECYCLE_ARCHIVED, LIFECYCLE_DELETED, Manifest
 from sessiond.core.state import State
 from sessiond.errors import (
@@ -1000,7 +1001,8 @@ def missing_turns(h: bytes, frames: bytes, entries: bytes, after_seq: int, bytes
         frame = frames[header.offset : header.end]
         if header.seq <= after_seq:
             continue
-        if log.find_turn_id(entries, rules.turn_id_hash(h, turn_pb2.Turn.FromString(bytes(frame)).turn_id)):
+        turn = turn_pb2.Turn.FromString(bytes(frame[PREFIX_BYTES:]))
+        if log.find_turn_id(entries, rules.turn_id_hash(h, turn.turn_id)):
             continue
         if pieces and size + len(frame) > bytes_max:
             return b"".join(pieces), header.seq - 1
