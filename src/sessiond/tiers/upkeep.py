@@ -10,7 +10,9 @@ import heapq
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from sessiond.core.expiry import day_of, expired_lifecycle, lifecycle_at
@@ -18,7 +20,7 @@ from sessiond.core.manifest import LIFECYCLE_ACTIVE, LIFECYCLE_ARCHIVED, LIFECYC
 from sessiond.errors import Conflict, Corrupt, Exhausted, SessiondError, reason_of
 from sessiond.tiers.cloud.bucket import Bucket, refusal
 from sessiond.tiers.cloud.store import ObjectStore, StoreError
-from sessiond.tiers.flush import REMOVED_MAX, Flusher
+from sessiond.tiers.flush import REMOVED_MAX, Flushed, Flusher
 from sessiond.tiers.hot import log
 from sessiond.tiers.hot.environment import Environment, Transaction
 from sessiond.tiers.hot.rows import (
@@ -151,6 +153,7 @@ class Upkeep:
         expired: list[bytes] = []
         copies: list[tuple[bytes, Head]] = []
         idle: list[tuple[bytes, int]] = []
+        doubted: list[bytes] = []
         for h, head in self._heads(SLICE_ROWS):
             if is_evictable(head) and head.lifecycle == LIFECYCLE_ACTIVE and 0 < head.expires_ms <= steady_ms:
                 copies.append((h, head))
@@ -158,6 +161,10 @@ class Upkeep:
                 self._counts[head.phase] += 1
             if head.phase == PHASE_FENCED:
                 self._fenced(h)
+            if head.phase == PHASE_DOUBTED and head.is_dirty:
+                # Whoever has it now lacks these turns, and says so until they are brought there.
+                doubted.append(h)
+                continue
             if head.phase in (PHASE_RELEASING, PHASE_DOUBTED):
                 # A release whose outcome was not known, or rows that nobody asked for since the start: settled now.
                 if self._is_unused(h, head, PRESSED_IDLE_MS):
@@ -176,6 +183,8 @@ class Upkeep:
             self._end(h)
         if self._flusher.failing:
             return
+        for h in doubted:
+            self._hand(partial(self._flusher.request, h))
         for h, used_ms in idle:
             self._release(h, used_ms)
         for h, head in copies[:SWEEP_ROWS]:
@@ -233,16 +242,20 @@ class Upkeep:
             self.done.deleted += 1
 
     def _release(self, h: bytes, unused_since_ms: int) -> None:
+        self._hand(lambda: self._flusher.release_unused(h, unused_since_ms))
+
+    def _hand(self, begin: Callable[[], Future[Flushed]]) -> None:
+        """Have the flusher see to a session, unless it sees to enough of them already."""
         with self._lock:
             if self._releasing >= RELEASES_MAX:
                 return  # the next time round
             self._releasing += 1
-        future = self._flusher.release_unused(h, unused_since_ms)
+        future = begin()
 
         def done(_: object) -> None:
             with self._lock:
                 self._releasing -= 1
-                if future.exception() is None and future.result().released:
+                if future.exception() is None and future.result().released and future.result().wrote:
                     self.done.released += 1
 
         future.add_done_callback(done)
