@@ -36,12 +36,12 @@ from tests.fault.world import HASH_KEY, environment
 from tests.seaweed import Seaweed
 from tests.wire import Wire
 
-# Short, so that a steal takes about two seconds; not so short that two busy cores let a lease lapse by themselves.
-LEASE_MS = 700
+# Short, so that a steal takes some three seconds; not so short that two busy cores let a lease lapse by themselves.
+LEASE_MS = 1000
 STEAL_LEASES = 3
 # What "writable again" may take beside three lease times: the issue, "What it must show", 2.
 TAKE_OVER_S_MAX = 10.0
-PATIENCE_S = 60.0
+PATIENCE_S = 30.0
 # The setting under which a node tells its peers another address than the one that it listens on.
 ADVERTISE = "advertise"
 Result = TypeVar("Result")
