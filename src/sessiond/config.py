@@ -39,6 +39,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     turn_bytes_max: int = 1024**2
     request_bytes_max: int = 8 * 1024**2
     concurrent_calls_max: int = 4096
+    watchers_max: int = 20_000
     flush_interval_ms: int = 1000
     flush_waiting_ms: int = 35_000
     flush_threads: int = 4
@@ -130,6 +131,7 @@ _RANGES: dict[str, tuple[int, int]] = {
     "turn_bytes_max": (1024, 16 * 1024**2),
     "request_bytes_max": (4096, 32 * 1024**2),
     "concurrent_calls_max": (1, 1_000_000),
+    "watchers_max": (0, 1_000_000),
     "flush_interval_ms": (1, 3_600_000),
     "flush_waiting_ms": (0, 3_600_000),
     "flush_threads": (1, 64),

@@ -27,6 +27,7 @@ from sessiond.service.ownership import Ownership, Parts
 from sessiond.service.rescue import Rescues
 from sessiond.service.router import Router
 from sessiond.service.sessions import Sessions
+from sessiond.service.watch import Watches
 from sessiond.tiers.cloud.bucket import open_bucket
 from sessiond.tiers.cloud.counting import CountingStore
 from sessiond.tiers.cloud.fit import ensure_fit
@@ -89,9 +90,9 @@ class Daemon:
         Raises SessiondError if it can't start, and if the hot tier failed; whatever was opened is closed then.
         """
         with contextlib.ExitStack() as opened:
-            server = Server(
-                boot_clock_ms, self._calls, self._settings.request_bytes_max, self._settings.concurrent_calls_max
-            )
+            settings = self._settings
+            limits = settings.request_bytes_max, settings.concurrent_calls_max, settings.watchers_max
+            server = Server(boot_clock_ms, self._calls, *limits)
             try:
                 node, lease = await self._start(server, opened)
             except BaseException:
@@ -211,6 +212,7 @@ class Daemon:
         self._channels = channels = PeerChannels(credentials)
         router = Router(parts, ownership, channels, settings.lease_ms)
         rescues = Rescues(parts, ownership, channels)
+        watches = Watches(parts, ownership, settings.watchers_max, channels)
         upkeep = Upkeep(
             hot,
             store,
@@ -218,7 +220,8 @@ class Daemon:
             identity,
             flusher,
             tenants=lambda: [TENANT],
-            resumed_ms=ownership.resumed_ms,
+            # Whoever watches a session uses it, though nothing is read.
+            resumed_ms=lambda h: expiry_ms.running_ms() if watches.is_watched(h) else ownership.resumed_ms(h),
             clock_ms=now_ms,
             steady_ms=expiry_ms,
             running_ms=expiry_ms.running_ms,
@@ -231,7 +234,8 @@ class Daemon:
         opened.callback(upkeep.stop)
         node = Node(parts, sessions, store, upkeep, __version__, settings.drain_grace_ms, self._calls, router, rescues)
         node.answered_for_others = lambda: server.answered_for_others
-        server.serve(sessions, node, router, credentials, rescues.apply, hot.incarnation)
+        node.watches = watches
+        server.serve(sessions, node, router, credentials, rescues.apply, hot.incarnation, watches)
         forks = Forks(parts, ownership, sessions)
         server.also_serve("ForkSession", session_pb2.ForkSessionRequest, forks.fork)
         self._rescuing = asyncio.create_task(rescues.run())

@@ -35,6 +35,7 @@ HELP: Final = {
     "turn_bytes_max": "The largest turn that is taken.",
     "request_bytes_max": "The largest request that is taken.",
     "concurrent_calls_max": "Calls at one time; more are refused.",
+    "watchers_max": "Streams of WatchSession at one time; more are refused.",
     "flush_interval_ms": "How long a turn waits at most before it is sent to the cloud tier.",
     "flush_waiting_ms": "How long a turn may wait at most whose exchange has no answer yet.",
     "flush_threads": "Sessions that are flushed at one time.",

@@ -114,6 +114,21 @@ class Standing:
     notice: str = ""
 
 
+def missing_ranges(loss: list[list[int]]) -> list[context_pb2.MissingRange]:
+    """What may be missing, by the rows of a loss table that nobody has accepted."""
+    return [
+        context_pb2.MissingRange(
+            first_seq=after_seq + 1,
+            last_seq=0,
+            epoch=epoch,
+            reason=reason,  # type: ignore[arg-type]
+            possible_only=True,
+        )
+        for epoch, after_seq, reason, accepted in (row[:4] for row in loss)
+        if not accepted
+    ]
+
+
 def head_position(state: State) -> turn_pb2.TurnPosition:
     """The newest turn, with the chain that proves the log up to it."""
     return turn_pb2.TurnPosition(epoch=state.epoch, seq=state.cursor, chain=state.chain if state.cursor else b"")

@@ -20,6 +20,7 @@ from sessiond.service.prepare import check_session_id
 from sessiond.service.rescue import Rescues
 from sessiond.service.router import Router
 from sessiond.service.sessions import Sessions
+from sessiond.service.watch import Watches
 from sessiond.tiers.cloud.counting import CountingStore
 from sessiond.tiers.flush import Flushed
 from sessiond.tiers.hot.rows import PHASE_DOUBTED, PHASE_FENCED, PHASE_OWNED, PHASE_RELEASING, decode_head
@@ -68,6 +69,7 @@ class Node:
         self._router = router
         self._rescues = rescues
         self.answered_for_others: Callable[[], int] = lambda: 0
+        self.watches: Watches | None = None
         self._parts = parts
         self._sessions = sessions
         self._store = store
@@ -159,6 +161,7 @@ class Node:
         told.claims, told.steals = moves.claims, moves.steals
         told.fenced = self._parts.lease.tenure
         told.answered_for_others = self.answered_for_others()
+        told.watchers = self.watches.count if self.watches is not None else 0
         if self._router is not None:
             for (node, outcome), count in sorted(self._router.counts.items()):
                 told.forwarded.add(node=node, outcome=outcome, count=count)
@@ -225,6 +228,8 @@ class Node:
             # Before anything is refused: what this node gives up is sent on to them.
             await self._router.find_successors()
         self._sessions.ownership.draining = True
+        if self.watches is not None:
+            self.watches.drain()
         if self.phase != admin_pb2.NODE_PHASE_DRAINED:
             self.set_phase(admin_pb2.NODE_PHASE_DRAINING)
         deadline_ms = parts.boot_ms() + (grace_ms or self._grace_ms)

@@ -396,17 +396,7 @@ class Sessions:
         )
 
     def _missing(self, loss: list[list[int]]) -> list[context_pb2.MissingRange]:
-        return [
-            context_pb2.MissingRange(
-                first_seq=after_seq + 1,
-                last_seq=0,
-                epoch=epoch,
-                reason=reason,  # type: ignore[arg-type]
-                possible_only=True,
-            )
-            for epoch, after_seq, reason, accepted in (row[:4] for row in loss)
-            if not accepted
-        ]
+        return contexts.missing_ranges(loss)
 
     def _standing(
         self, request: session_pb2.ResumeSessionRequest, head: Head, state: State, source: Source | None

@@ -24,6 +24,7 @@ from sessiond.service.node import CallCounts, Node
 from sessiond.service.ownership import Call, OwnedElsewhere
 from sessiond.service.router import Refused, Router
 from sessiond.service.sessions import Sessions
+from sessiond.service.watch import WATCH, Watches
 from sessiond.transport.peers import Credentials
 from sessiond.transport.status import DETAILS_KEY, status_code, status_proto
 from sessiond.transport.wire import embed, parse, reply
@@ -71,6 +72,7 @@ class Server:
         calls: CallCounts,
         request_bytes_max: int,
         concurrent_calls_max: int,
+        watchers_max: int = 0,
     ) -> None:
         self._clock_ms = clock_ms
         self._calls = calls
@@ -85,6 +87,7 @@ class Server:
         self._credentials: Credentials | None = None
         self._incarnation = b""
         self._rescue: Callable[[node_pb2.RescueRequest], Awaitable[node_pb2.RescueResponse]] | None = None
+        self._watches: Watches | None = None
         self._watch: asyncio.Task[None] | None = None
         self._started = False
         # What a node that starts says it waits for.
@@ -102,8 +105,8 @@ class Server:
                 ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
                 ("grpc.http2.max_ping_strikes", 5),
             ],
-            # Twice our own limit and room for health: what is above ours must get as far as its details.
-            maximum_concurrent_rpcs=2 * concurrent_calls_max + 64,
+            # Twice our own limits and room for health: what is above ours must get as far as its details.
+            maximum_concurrent_rpcs=2 * (concurrent_calls_max + watchers_max) + 64,
         )
         for service in SERVICES:
             handlers = {
@@ -138,8 +141,10 @@ class Server:
         credentials: Credentials,
         rescue: Callable[[node_pb2.RescueRequest], Awaitable[node_pb2.RescueResponse]],
         incarnation: bytes,
+        watches: Watches,
     ) -> None:
         """Connect the calls that this release serves. rescue: takes turns that another node offers."""
+        self._watches = watches
         self._node = node
         self._router = router
         self._credentials = credentials
@@ -168,7 +173,9 @@ class Server:
 
     def _handler(self, service: str, name: str, streams: bool) -> Any:
         if streams:
-            return grpc.unary_stream_rpc_method_handler(self._stream(name))
+            told = {WATCH: self._told, "ForwardWatch": self._told_forwarded}.get(name)
+            stream = self._stream(name) if told is None else self._watching(name, told)
+            return grpc.unary_stream_rpc_method_handler(stream)
         return grpc.unary_unary_rpc_method_handler(self._call(name))
 
     def _call(self, name: str) -> Any:
@@ -241,6 +248,63 @@ class Server:
             self._calls.add(name, "OK", "")
 
         return call
+
+    def _watching(self, name: str, told: Any) -> Any:
+        """A stream of events. Not a generator: what a caller that is gone leaves behind ends with its task."""
+
+        async def call(raw: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
+            try:
+                await told(raw, context)
+            except SessiondError as error:
+                self._count(name, error)
+                await self._abort(context, error)
+            except asyncio.CancelledError:
+                self._calls.add(name, "CANCELLED", "")
+                raise
+            except Exception as error:
+                refusal = self._internal(name, error)
+                self._count(name, refusal)
+                await self._abort(context, refusal)
+            else:
+                self._calls.add(name, "OK", "")
+
+        return call
+
+    async def _told(self, raw: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
+        """Tell a client what it watches for as long as it listens."""
+        if self._watches is None:
+            raise self._not_served(WATCH)
+        request = parse(session_pb2.WatchSessionRequest, raw, self._request_bytes_max)
+        watcher = await self._watches.open(self._caller(context), request)
+        try:
+            while (event := await watcher.next()) is not None:
+                await context.write(event)
+        finally:
+            watcher.close()
+
+    async def _told_forwarded(self, raw: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
+        """Tell another node, for as long as this one owns the session; then that it does not."""
+        if self._credentials is None or self._watches is None:
+            raise self._not_served("ForwardWatch")
+        call = parse(node_pb2.ForwardWatchRequest, raw, self._request_bytes_max + FORWARD_BYTES).call
+        metadata: Any = context.invocation_metadata()
+        self._credentials.check(metadata, call.incarnation, call.method, call.request)
+        last = node_pb2.ForwardResponse(not_owner=True)
+        if call.incarnation == self._incarnation and call.method == WATCH:
+            try:
+                request = parse(session_pb2.WatchSessionRequest, call.request, self._request_bytes_max)
+                watcher = await self._watches.open(Call(call.tenant, None, forwarded=True), request)
+                try:
+                    while (event := await watcher.next()) is not None:
+                        # What ForwardWatchResponse has around an event.
+                        await context.write(embed(1, embed(1, event)))
+                finally:
+                    watcher.close()
+                return
+            except SessiondError as error:
+                if error.reason != "NOT_OWNER":
+                    last = node_pb2.ForwardResponse(status=status_proto(error).SerializeToString())
+        await context.write(embed(1, last.SerializeToString()))
 
     async def _forward(self, raw: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
         """A call that another node forwarded: answered here, or refused, and never sent on."""

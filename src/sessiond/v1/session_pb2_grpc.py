@@ -212,7 +212,9 @@ class SessionServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WatchSession(self, request, context):
-        """Streams new turns and checkpoint versions as they are acknowledged.
+        """Streams new turns and checkpoint versions as they are acknowledged. A stream without a deadline ends only when the
+        session is deleted, the caller is gone, or the node is: then with UNAVAILABLE, to be opened again after the last
+        turn that came. Any node serves it, and goes on while the session changes hands.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -40,7 +40,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar, cast
@@ -84,13 +84,17 @@ Result = TypeVar("Result")
 
 
 class Transaction:
-    """One LMDB transaction with the tables at hand. Buffers read from it end with it."""
+    """One LMDB transaction with the tables at hand. Buffers read from it end with it.
 
-    __slots__ = ("lmdb", "tables")
+    changed: sessions whose head row was written; whatever becomes of a session changes it.
+    """
+
+    __slots__ = ("changed", "lmdb", "tables")
 
     def __init__(self, transaction: Any, tables: dict[str, Any]) -> None:
         self.lmdb = transaction
         self.tables = tables
+        self.changed: set[bytes] = set()
 
     def get(self, table: str, key: bytes) -> Any:
         """The value, or None."""
@@ -98,10 +102,14 @@ class Transaction:
 
     def put(self, table: str, key: bytes, value: bytes) -> None:
         """Write the value over what is there."""
+        if table == "heads":
+            self.changed.add(key)
         self.lmdb.put(key, value, db=self.tables[table])
 
     def delete(self, table: str, key: bytes) -> bool:
         """Whether there was such a key."""
+        if table == "heads":
+            self.changed.add(key)
         return bool(self.lmdb.delete(key, db=self.tables[table]))
 
     def cursor(self, table: str) -> Any:
@@ -188,6 +196,8 @@ class Environment:
         # Why nothing is read or written any more, once the disk has failed; on_failed is called once then.
         self.failed: SessiondError | None = None
         self.on_failed: Callable[[SessiondError], None] = lambda error: None
+        # Called with the sessions that a commit changed, after its fsync and before whoever asked for it is answered.
+        self.on_commit: Callable[[Collection[bytes]], None] = lambda changed: None
         self._queue: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         self._driver = driver
         self._thread: threading.Thread | None = None
@@ -396,6 +406,8 @@ class Environment:
         self.commits += 1
         self.appends += len(group)
         self.group_size_max = max(self.group_size_max, len(group))
+        if transaction.changed:
+            self.on_commit(transaction.changed)
 
     def _judge(self, error: Exception) -> Exception:
         """What an error of LMDB, or of the system under it, means to whoever asked; stops the node if that is due."""
