@@ -278,7 +278,7 @@ class Feed:
         self._joining: list[asyncio.Future[None]] = []
         self._poked = asyncio.Event()
         self._reading: asyncio.Task[tuple[Owner | None, float]] | None = None
-        self._task: asyncio.Task[None] | None = asyncio.ensure_future(self._follow(0.0))
+        self._task: asyncio.Task[None] | None = asyncio.ensure_future(self._follow())
 
     # Who is told ---------------------------------------------------------------------------------------------------
 
@@ -357,9 +357,9 @@ class Feed:
             if isinstance(source, _Owned):
                 if not self._look(source, None):
                     # Those who watch from other nodes must not wait for this one: they look where it went.
-                    self._unsettle(0.0 if self._is_owned() else RELEASED_S)
+                    self._unsettle(let_go=True)
             elif source is not None and self._is_owned():
-                self._unsettle(0.0)
+                self._unsettle()
             else:
                 self._poked.set()
         except Corrupt as error:
@@ -371,13 +371,13 @@ class Feed:
         head = self._watches.own.peek(self.h)
         return head is not None and head.phase == PHASE_OWNED
 
-    def _unsettle(self, pause_s: float) -> None:
-        """Look anew where the session is served from, after a pause."""
+    def _unsettle(self, pause_s: float = 0.0, let_go: bool = False) -> None:
+        """Look anew where the session is served from."""
         self.settled = False
         if self._task is not None:
             self._task.cancel()
         self._poked.clear()
-        self._task = asyncio.ensure_future(self._follow(pause_s))
+        self._task = asyncio.ensure_future(self._follow(pause_s, let_go))
         self._wake()
 
     def _look(self, source: _Owned, shared_seq: int | None) -> bool:
@@ -431,10 +431,22 @@ class Feed:
 
     # Somewhere else --------------------------------------------------------------------------------------------------
 
-    async def _follow(self, pause_s: float) -> None:
-        """Find where the session is served from, again and again while that is not this node's rows."""
+    async def _leave_alone(self) -> None:
+        """Wait until the session is this node's again, or nobody else seems to want it."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(RELEASED_S):
+                while not self._is_owned():
+                    self._poked.clear()
+                    await self._poked.wait()
+
+    async def _follow(self, pause_s: float = 0.0, let_go: bool = False) -> None:
+        """Find where the session is served from, again and again while that is not this node's rows. let_go: this node
+        owned it a moment ago.
+        """
         asked: Owner | None = None
         failures = 0
+        if let_go:
+            await self._leave_alone()
         while True:
             if pause_s:
                 with contextlib.suppress(TimeoutError):
