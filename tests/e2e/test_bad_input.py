@@ -35,13 +35,14 @@ SERVED = {
     "ListCheckpoints",
     "ListOrphans",
     "ForkSession",
+    "WatchSession",
     "GetStatus",
     "Flush",
     "Drain",
     "Release",
 }
 # Answered for other nodes only.
-NODE_CALLS = {"Forward", "Rescue"}
+NODE_CALLS = {"Forward", "ForwardWatch", "Rescue"}
 # Exhausts the backtracking stack of the tokenizer's regex; well below the limit on a turn.
 PANIC = " " * 999_999
 _names = (f"bad-{number}" for number in itertools.count())

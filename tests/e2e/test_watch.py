@@ -402,16 +402,19 @@ def test_a_watch_survives_the_release_of_its_session(wire: Wire) -> None:
 def test_an_archived_session_is_told_and_nobody_claims_it(tmp_path: Path) -> None:
     with running_daemon(tmp_path / "data", flush_interval_ms=20) as daemon:
         wire = Wire(daemon.address)
-        expiry = turn_pb2.Expiry(ttl_ms=1000, action=turn_pb2.EXPIRY_ACTION_ARCHIVE)
-        wire.create("s", policy=turn_pb2.SessionPolicy(expiry=expiry))
+        wire.create("s")
         fill(wire, "s", 3)
+        expiry = turn_pb2.Expiry(ttl_ms=500, action=turn_pb2.EXPIRY_ACTION_ARCHIVE)
+        change = turn_pb2.StateChange(policy=turn_pb2.SessionPolicy(expiry=expiry))
+        request = session_pb2.UpdateSessionRequest(session_id="s", turn_id="policy", change=change)
+        wire.sessions.UpdateSession(request, timeout=30)
 
         def get() -> session_pb2.Session:
             return wire.sessions.GetSession(session_pb2.GetSessionRequest(session_id="s"), timeout=30).session
 
         wait_until(lambda: get().lifecycle == session_pb2.LIFECYCLE_ARCHIVED and not get().owner_node, "not archived")
         watch = Watch(wire, "s", turn_pb2.TurnPosition())
-        assert [turn.seq for turn in watch.next().turns] == [1, 2, 3]
+        assert [turn.seq for turn in watch.next().turns] == [1, 2, 3, 4]
         assert not get().owner_node
         wire.sessions.DeleteSession(session_pb2.DeleteSessionRequest(session_id="s"), timeout=30)
         assert watch.until(lambda event: event.deleted)
