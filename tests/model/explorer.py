@@ -46,7 +46,7 @@ class Model(Protocol):
 
 @dataclass
 class Outcome:
-    """What an exploration found. trace: the actions from the initial state to the violation, with the states between."""
+    """What an exploration found. trace: the actions from the initial state to the violation, each with its state."""
 
     states: int
     steps: int

@@ -1,13 +1,13 @@
 """The ownership protocol of DESIGN.md as a model: two nodes, one session, one client that repeats itself, one store.
 
 It promises that each action below is one atomic step of a node, of the store or of the network, and that nothing else
-happens. What is left out is in README.md. Every rule that keeps an invariant has a switch in `Rules`; the protocol is the
+happens. What is left out is in README.md. Each rule that a mutant breaks has a switch in `Rules`; the protocol is the
 one with every switch off.
 
-Numbers that only matter for being equal are left out, so that the model is finite and small. An etag is whether what is
-conditional on it still stands (`SENT` becomes `DEAD`, `current` becomes False, once any write lands). A lease's start id
-is whether a fence was noticed since (`crossed`, `in_doubt`). A freeze is a node that takes no step; its lease lapses
-meanwhile, so freezing and being cut off from the store are one fault.
+Numbers that only matter for being equal are left out, so that the model is finite and small. An etag is whether what
+is conditional on it still stands (`SENT` becomes `DEAD`, `current` becomes False, once any write lands). A lease's
+start id is whether a fence was noticed since (`crossed`, `in_doubt`). A freeze is a node that takes no step; its lease
+lapses meanwhile, so freezing and being cut off from the store are one fault.
 """
 
 from __future__ import annotations
@@ -141,6 +141,7 @@ class Rules:
     loss_row_forgotten: bool = False
     claim_settles_owned_across_a_fence: bool = False
     claim_begins_before_the_lease_is_back: bool = False
+    claim_goes_on_from_what_it_read_before_a_fence: bool = False
     lease_taken_before_doubt: bool = False
     restart_believes_rows: bool = False
     ack_before_commit: bool = False
@@ -160,7 +161,7 @@ SWITCHES = tuple(field.name for field in fields(Rules))
 
 @dataclass(frozen=True)
 class Bounds:
-    """How much happens. turns: one letter each, E for EDGE and C for CLOUD. The rest count faults of both nodes together.
+    """How much happens. turns: one letter each, E for EDGE and C for CLOUD. Others count faults of both nodes.
 
     zombies: the nodes whose lease may lapse. cloud_only: the session's policy admits only CLOUD.
     """
@@ -192,7 +193,7 @@ def _bits(turns: tuple[int, ...]) -> int:
 class Sessions:
     """The model: what can happen next in a state, and what must hold in it."""
 
-    def __init__(self, bounds: Bounds, rules: Rules = Rules()) -> None:  # noqa: B008
+    def __init__(self, bounds: Bounds, rules: Rules = Rules()) -> None:
         self.bounds = bounds
         self.rules = rules
         self._zombies = tuple(name in bounds.zombies for name in NAMES)
@@ -287,7 +288,8 @@ class Sessions:
             row = node.row
             if row is not None and row.current:
                 row = row._replace(current=False)
-            nodes.append(node._replace(put=put, row=row, late=()))
+            seen = ("read, and it changed",) if node.seen[:1] == ("read",) else node.seen
+            nodes.append(node._replace(put=put, row=row, late=(), seen=seen))
         return State(body, nodes[A], nodes[B], state.world)
 
     def _network(self, state: State, me: int, node: Node) -> Iterator[Step]:
@@ -377,7 +379,7 @@ class Sessions:
                     yield Step(
                         ("appends and acknowledges as EDGE", me, turn), True,
                         self._with(state, me, appended, world=edge_ack),
-                    )  # fmt: skip
+                    )
                 if self.rules.dedupe_outside_transaction and not node.seen:
                     judged = node._replace(seen=("new", turn))
                     yield Step(("finds no such turn_id", me, turn), True, self._with(state, me, judged))
@@ -396,16 +398,16 @@ class Sessions:
         row, found = node.row, state.manifest
         if row is not None and row.phase not in (FENCED, CLAIMING):
             return
+        if self.rules.claim_goes_on_from_what_it_read_before_a_fence:
+            yield from self._claim_in_two_steps(state, me, node)
         if node.noticed and not self.rules.claim_begins_before_the_lease_is_back:
             return
         is_mine = found is not None and found.is_owned and found.incarnation == node.incarnation
-        if row is not None and row.phase == CLAIMING and found is not None:
-            if is_mine and found.epoch == row.claimed:
-                yield Step(
-                    ("finds that its claim landed", me), True,
-                    self._with(state, me, self._settle_claim(node, found, row.in_doubt, True)),
-                )  # fmt: skip
-                return
+        is_claimed = row is not None and found is not None and row.phase == CLAIMING and found.epoch == row.claimed
+        if is_mine and is_claimed:
+            settled = self._settle_claim(node, found, row.in_doubt, True)
+            yield Step(("finds that its claim landed", me), True, self._with(state, me, settled))
+            return
         epoch, loss, look = 1, False, ""
         if found is not None:
             epoch = found.epoch + 1
@@ -424,6 +426,8 @@ class Sessions:
             seen = node._replace(seen=("lease",))
             yield Step(("reads the owner's lease: fenced", me), True, self._with(state, me, seen))
         steals = loss
+        if steals and not node.lease_valid:
+            return  # or two nodes that were both fenced take the session from each other without end
         loss = loss and not self.bounds.cloud_only and not self.rules.loss_row_forgotten
         if steals and found is not None and self.rules.epoch_not_raised:
             epoch = found.epoch
@@ -444,6 +448,19 @@ class Sessions:
         claiming = node._replace(row=intent, seen=())
         name = "sends a claim that takes over" if steals else "sends a claim"
         yield Step((name, me, epoch), True, self._send(state, me, claiming, CLAIM, body, True))
+
+    def _claim_in_two_steps(self, state: State, me: int, node: Node) -> Iterator[Step]:
+        """Of a mutant: a fence that is noticed between reading the manifest and writing the intent goes unseen."""
+        found = state.manifest
+        if not node.seen and (found is None or not found.is_owned):
+            seen = node._replace(seen=("read", found))
+            yield Step(("reads the manifest: nobody owns it", me), True, self._with(state, me, seen))
+        elif node.seen and not node.noticed:
+            # What stands there by now has another etag, if anything was written: the claim then loses, and looks again.
+            claiming = node._replace(row=Row(CLAIMING, 0, (), 0, False, False, (), (), 1, False), seen=())
+            body = Manifest(1, node.incarnation, True, (), (), ())
+            after = self._send(state, me, claiming, CLAIM, body, node.seen[0] == "read")
+            yield Step(("sends a claim of what it read", me), True, after)
 
     def _settle_claim(self, node: Node, body: Manifest, in_doubt: bool, current: bool) -> Node:
         in_doubt = in_doubt and not self.rules.claim_settles_owned_across_a_fence
@@ -546,7 +563,7 @@ class Sessions:
         changed = (row.loss, row.orphans) != (put.body.loss, put.body.orphans)
         owned = row._replace(
             phase=OWNED, current=put.status == LANDED, cloud_seq=len(put.body.log), changed=changed
-        )  # fmt: skip
+        )
         return node._replace(row=owned)
 
     def _flush_answered(self, state: State, me: int, node: Node, put: Put, landed: bool) -> State | Broken:
@@ -565,7 +582,7 @@ class Sessions:
         changed = (row.loss, row.orphans) != (body.loss, body.orphans)
         row = row._replace(
             cloud_seq=max(row.cloud_seq, len(body.log)), current=put.status in (LANDED, DEAD), changed=changed
-        )  # fmt: skip
+        )
         node = node._replace(row=row)
         if not body.is_owned and row.phase == RELEASING:
             return self._released(state, me, node, row, body)
@@ -620,7 +637,7 @@ class Sessions:
             fewer = world._replace(lapses=world.lapses - 1)
             lapsed = node._replace(lease_valid=False)
             yield Step(("is frozen or cut off until its lease lapses", me), False,
-                       self._with(state, me, lapsed, world=fewer))  # fmt: skip
+                       self._with(state, me, lapsed, world=fewer))
         if world.timeouts and put is not None and put.status in (SENT, LANDED, LANDED_PAST):
             fewer = world._replace(timeouts=world.timeouts - 1)
             after = self._with(state, me, self._timed_out(node, put), world=fewer)
@@ -654,8 +671,14 @@ class Sessions:
 
     def _stopped(self, node: Node) -> Node:
         return node._replace(
-            is_up=False, lease_valid=False, noticed=False, put=None, late=self._adrift(node), stale_answer=False, seen=()
-        )  # fmt: skip
+            is_up=False,
+            lease_valid=False,
+            noticed=False,
+            put=None,
+            late=self._adrift(node),
+            stale_answer=False,
+            seen=(),
+        )
 
     def _without_disk(self, state: State, me: int, node: Node) -> State:
         wiped = node._replace(row=None, incarnation=node.incarnation + 2)
@@ -667,7 +690,7 @@ class Sessions:
         back = self._doubt(node) if node.lease_fenced and not self.rules.restart_believes_rows else node
         back = back._replace(
             is_up=True, lease_valid=True, lease_fenced=False, lease_incarnation=node.incarnation
-        )  # fmt: skip
+        )
         yield Step(("starts again and takes its lease", me), True, self._with(state, me, back))
         if state.world.disks:
             yield Step(("loses its disk while it is down", me), False, self._without_disk(state, me, node))
