@@ -377,7 +377,8 @@ class Sessions:
                     yield Step(("acknowledges as EDGE before the commit", me, turn), True, after)
                 elif durability == "E":
                     yield Step(
-                        ("appends and acknowledges as EDGE", me, turn), True,
+                        ("appends and acknowledges as EDGE", me, turn),
+                        True,
                         self._with(state, me, appended, world=edge_ack),
                     )
                 if self.rules.dedupe_outside_transaction and not node.seen:
@@ -561,9 +562,7 @@ class Sessions:
         if row is None or row.phase != DOUBTED or not counts:
             return node
         changed = (row.loss, row.orphans) != (put.body.loss, put.body.orphans)
-        owned = row._replace(
-            phase=OWNED, current=put.status == LANDED, cloud_seq=len(put.body.log), changed=changed
-        )
+        owned = row._replace(phase=OWNED, current=put.status == LANDED, cloud_seq=len(put.body.log), changed=changed)
         return node._replace(row=owned)
 
     def _flush_answered(self, state: State, me: int, node: Node, put: Put, landed: bool) -> State | Broken:
@@ -636,8 +635,9 @@ class Sessions:
         if world.lapses and node.lease_valid and self._zombies[me]:
             fewer = world._replace(lapses=world.lapses - 1)
             lapsed = node._replace(lease_valid=False)
-            yield Step(("is frozen or cut off until its lease lapses", me), False,
-                       self._with(state, me, lapsed, world=fewer))
+            yield Step(
+                ("is frozen or cut off until its lease lapses", me), False, self._with(state, me, lapsed, world=fewer)
+            )
         if world.timeouts and put is not None and put.status in (SENT, LANDED, LANDED_PAST):
             fewer = world._replace(timeouts=world.timeouts - 1)
             after = self._with(state, me, self._timed_out(node, put), world=fewer)
@@ -688,9 +688,7 @@ class Sessions:
 
     def _down(self, state: State, me: int, node: Node) -> Iterator[Step]:
         back = self._doubt(node) if node.lease_fenced and not self.rules.restart_believes_rows else node
-        back = back._replace(
-            is_up=True, lease_valid=True, lease_fenced=False, lease_incarnation=node.incarnation
-        )
+        back = back._replace(is_up=True, lease_valid=True, lease_fenced=False, lease_incarnation=node.incarnation)
         yield Step(("starts again and takes its lease", me), True, self._with(state, me, back))
         if state.world.disks:
             yield Step(("loses its disk while it is down", me), False, self._without_disk(state, me, node))

@@ -20,6 +20,8 @@ IN_CI = [
 ]
 IN_TORTURE = [
     (Bounds("EC", lapses=1, timeouts=1, releases=1), 438_328),
+    (Bounds("EC", lapses=1, disks=1, timeouts=1), 391_552),
+    (Bounds("EC", lapses=1, crashes=1, timeouts=1), 556_627),
 ]
 STATES_MAX = 20_000_000
 
