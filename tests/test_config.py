@@ -7,9 +7,9 @@ import socket
 
 import pytest
 
-from sessiond.config import Settings, load
+from sessiond.config import load
 from sessiond.errors import Invalid
-from sessiond.tiers.cloud.bucket import Bucket
+from sessiond.transport.peers import node_key
 
 
 @pytest.mark.parametrize(
@@ -67,10 +67,7 @@ def test_a_secret_is_hexadecimal_of_16_to_64_bytes_and_never_shown(key: str, cap
 
 
 def test_the_secret_of_the_nodes_comes_from_the_hash_key_unless_it_is_set() -> None:
-    bucket, other = Bucket(bytes(16), b"k" * 32), Bucket(bytes(16), b"l" * 32)
-    made = bucket.node_key(b"")
+    made = node_key(b"", b"k" * 32)
     assert len(made) == 32
-    assert made == Bucket(b"s" * 16, b"k" * 32).node_key(b"")
-    assert made not in (other.node_key(b""), bucket.hash_key)
-    assert bucket.node_key(b"n" * 16) == other.node_key(b"n" * 16) == b"n" * 16
-    assert Settings().node_key == ""
+    assert made not in (node_key(b"", b"l" * 32), b"k" * 32)
+    assert node_key(b"n" * 16, b"k" * 32) == node_key(b"n" * 16, b"l" * 32) == b"n" * 16

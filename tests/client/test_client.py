@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import itertools
 import json
@@ -21,13 +20,10 @@ from typing import Any
 
 import grpc
 import pytest
-from google.protobuf import any_pb2, duration_pb2
-from google.rpc import error_details_pb2, status_pb2
 
 from sessiond import client as api
 from sessiond.client import (
     AppendResult,
-    AsyncClient,
     Client,
     ClientError,
     Conflict,
@@ -56,6 +52,7 @@ from sessiond.client.unconfirmed import Unconfirmed
 from sessiond.errors import REASONS
 from sessiond.testing import Daemon, StartFailed, running_daemon
 from sessiond.v1 import admin_pb2, context_pb2, session_pb2, turn_pb2
+from tests.client.servers import OnLoop, Scripted, accept, refuse
 
 pytest_plugins = ["sessiond.testing"]
 
@@ -76,36 +73,6 @@ CONVERSATION: list[dict[str, Any]] = [
     {"role": "tool", "tool_call_id": "a", "content": ""},
     {"role": "assistant", "content": "Found one.", "refusal": None},
 ]
-
-
-class OnLoop:
-    """An AsyncClient behind the calls of a Client, so that one test holds for both."""
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        self._runner = asyncio.Runner()
-        self._client = AsyncClient(*arguments, **options)
-
-    def __enter__(self) -> OnLoop:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._runner.run(self._client.close())
-        self._runner.close()
-
-    def within(self, *times: float) -> OnLoop:
-        other = object.__new__(OnLoop)
-        other._runner, other._client = self._runner, self._client.within(*times)
-        return other
-
-    def __getattr__(self, name: str) -> Any:
-        def call(*arguments: Any, **options: Any) -> Any:
-            async def run() -> Any:
-                answer = getattr(self._client, name)(*arguments, **options)
-                return [item async for item in answer] if hasattr(answer, "__aiter__") else await answer
-
-            return self._runner.run(run())
-
-        return call
 
 
 @pytest.fixture(params=[Client, OnLoop], ids=["sync", "asyncio"])
@@ -779,61 +746,12 @@ def test_a_server_that_is_not_there_is_unavailable_and_named(kind: Any) -> None:
 
 # What no daemon says today ---------------------------------------------------------------------------------------
 
-Script = list[Callable[[grpc.ServicerContext], bytes]]
-
-
-class Scripted:
-    """A gRPC server that answers each call with the next line of a script, and remembers what it was asked."""
-
-    def __init__(self) -> None:
-        self.script: Script = []
-        self.requests: list[tuple[float, bytes, dict[str, Any]]] = []
-        self._server = grpc.server(futures.ThreadPoolExecutor(4))
-        self._server.add_generic_rpc_handlers((self,))  # type: ignore[arg-type]
-        self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
-        self._server.start()
-        self.release = threading.Event()
-
-    def service(self, _: object) -> Any:
-        return grpc.unary_unary_rpc_method_handler(self._answer)
-
-    def _answer(self, request: bytes, context: grpc.ServicerContext) -> bytes:
-        self.requests.append((time.monotonic(), request, dict(context.invocation_metadata())))
-        return self.script.pop(0)(context)
-
-    def stop(self) -> None:
-        self.release.set()
-        self._server.stop(0).wait()
-
 
 @pytest.fixture
 def scripted() -> Iterator[Scripted]:
     server = Scripted()
     yield server
     server.stop()
-
-
-def refuse(code: grpc.StatusCode, reason: str = "", retry_after_ms: int = 0) -> Callable[[grpc.ServicerContext], bytes]:
-    def line(context: grpc.ServicerContext) -> bytes:
-        if reason:
-            details = [error_details_pb2.ErrorInfo(reason=reason, domain="sessiond", metadata={"remedy": "Do it."})]
-            if retry_after_ms:
-                delay = duration_pb2.Duration()
-                delay.FromMilliseconds(retry_after_ms)
-                details.append(error_details_pb2.RetryInfo(retry_delay=delay))
-            packed = [any_pb2.Any() for _ in details]
-            for item, detail in zip(packed, details, strict=True):
-                item.Pack(detail)
-            status = status_pb2.Status(code=code.value[0], message="It is so. Do it.", details=packed)
-            context.set_trailing_metadata((("grpc-status-details-bin", status.SerializeToString()),))
-        context.abort(code, "It is so. Do it.")
-        raise AssertionError
-
-    return line
-
-
-def accept(_: object) -> bytes:
-    return session_pb2.AppendTurnResponse(outcome=session_pb2.APPEND_OUTCOME_APPENDED).SerializeToString()
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,16 @@ from __future__ import annotations
 import asyncio
 import copy
 import functools
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 import grpc
 
-from sessiond.client.calls import DRAIN_S_MAX, TIMEOUT_S, Call, Calls, Listing
+from sessiond.client.calls import DRAIN_S_MAX, TIMEOUT_S, Call, Calls, ChannelKey, Listing
 from sessiond.client.context import Context
 from sessiond.client.failures import failure_of
+from sessiond.client.routes import CHANNELS_MAX
 from sessiond.v1 import admin_pb2, admin_pb2_grpc, session_pb2_grpc
 
 P = ParamSpec("P")
@@ -68,26 +70,37 @@ class AsyncPages(Generic[Item]):
                 return
 
 
-class _Connection:
-    """The channel and its stubs, opened on the running loop at the first use."""
+class _Channels:
+    """One channel per server or owner, opened on the running loop by the first call that needs it."""
 
     def __init__(self, calls: Calls) -> None:
         self._calls = calls
-        self._channel: grpc.aio.Channel | None = None
-        self._stubs: dict[str, Any] = {}
+        self._channels: OrderedDict[ChannelKey, tuple[grpc.aio.Channel, dict[str, Any]]] = OrderedDict()
+        self._closing: set[asyncio.Task[None]] = set()
 
-    def stub(self, service: str) -> Any:
-        if self._channel is None:
-            self._channel = grpc.aio.insecure_channel(self._calls.server, options=self._calls.channel_options)
-            self._stubs = {
-                "SessionService": session_pb2_grpc.SessionServiceStub(self._channel),
-                "AdminService": admin_pb2_grpc.AdminServiceStub(self._channel),
+    def stub(self, service: str, key: ChannelKey) -> Any:
+        opened = self._channels.get(key)
+        if opened is None:
+            channel = grpc.aio.insecure_channel(key.address, options=self._calls.channel_options(key))
+            stubs = {
+                "SessionService": session_pb2_grpc.SessionServiceStub(channel),
+                "AdminService": admin_pb2_grpc.AdminServiceStub(channel),
             }
-        return self._stubs[service]
+            opened = self._channels[key] = channel, stubs
+            if len(self._channels) > CHANNELS_MAX + len(self._calls.routes.servers):
+                _, (oldest, _) = self._channels.popitem(last=False)
+                # Calls on their way end first.
+                task = asyncio.ensure_future(oldest.close(self._calls.timeout_s))
+                self._closing.add(task)
+                task.add_done_callback(self._closing.discard)
+        self._channels.move_to_end(key)
+        return opened[1][service]
 
     async def close(self) -> None:
-        if self._channel is not None:
-            channel, self._channel = self._channel, None
+        opened, self._channels = self._channels, OrderedDict()
+        for task in self._closing:
+            task.cancel()
+        for channel, _ in opened.values():
             await channel.close(None)
 
 
@@ -102,9 +115,10 @@ class AsyncClient:
         retry_s: float | None = None,
         channel_options: Mapping[str, Any] | None = None,
         resend: bool = False,
+        redirects: bool = False,
     ) -> None:
-        self.calls = Calls(server, timeout_s, retry_s, channel_options, resend)
-        self._connection = _Connection(self.calls)
+        self.calls = Calls(server, timeout_s, retry_s, channel_options, resend, redirects)
+        self._channels = _Channels(self.calls)
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -114,7 +128,7 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Give the connection back; calls under way are cancelled."""
-        await self._connection.close()
+        await self._channels.close()
 
     def within(self, timeout_s: float, retry_s: float | None = None) -> AsyncClient:
         """The same client and connection with other times for the calls made through it."""
@@ -125,16 +139,19 @@ class AsyncClient:
 
     async def run(self, call: Call[Reply]) -> Reply:
         """Send a call and repeat it where that is safe, within the deadline. Raises SessiondError."""
-        method = getattr(self._connection.stub(call.service), call.method)
-        attempts = self.calls.attempts()
+        attempts = self.calls.attempts(call)
+        route = attempts.route
         while True:
+            method = getattr(self._channels.stub(call.service, self.calls.channel_key(route)), call.method)
             try:
-                reply = await method(call.request, timeout=attempts.remaining_s(), metadata=call.metadata)
+                reply = await method(call.request, timeout=attempts.attempt_s(), metadata=route.metadata)
             except grpc.RpcError as error:
                 wait_s = attempts.wait_s(error)
             else:
+                route.answered()
                 return call.done(reply)
-            await asyncio.sleep(wait_s)
+            if wait_s:
+                await asyncio.sleep(wait_s)
 
     create_session = _unary(Calls.create_session)
     get_session = _unary(Calls.get_session)
@@ -159,7 +176,9 @@ class AsyncClient:
         request = admin_pb2.DrainRequest(grace_ms=grace_ms, shut_down=shut_down)
         timeout_s = (grace_ms / 1000 or DRAIN_S_MAX) + self.calls.timeout_s
         try:
-            async for progress in self._connection.stub("AdminService").Drain(request, timeout=timeout_s):
+            async for progress in self._channels.stub("AdminService", self.calls.node).Drain(
+                request, timeout=timeout_s
+            ):
                 yield progress
         except grpc.RpcError as error:
             raise failure_of(error, self.calls.server).error from error

@@ -10,13 +10,14 @@ import os
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 from google.protobuf.message import Message
 
 from sessiond.client import turns as turn_makers
 from sessiond.client.context import Context, position_of
 from sessiond.client.failures import Attempts, item_error, make
+from sessiond.client.routes import CONNECT_MS, Route, Routes, ring_options
 from sessiond.client.turns import TurnLike, enum, policy_proto, to_message, to_turns
 from sessiond.client.unconfirmed import Unconfirmed
 from sessiond.errors import Invalid, SessiondError
@@ -27,7 +28,6 @@ SERVER_DEFAULT: Final = "127.0.0.1:7443"
 TIMEOUT_S: Final = 10.0
 # As the daemon's own; gRPC's default of 4 MiB is below a large context.
 MESSAGE_BYTES_MAX: Final = 64 * 1024**2
-SESSION_HEADER: Final = "x-session-id"
 CHANNEL_OPTIONS: Final[dict[str, Any]] = {
     "grpc.max_receive_message_length": MESSAGE_BYTES_MAX,
     "grpc.max_send_message_length": MESSAGE_BYTES_MAX,
@@ -64,10 +64,12 @@ class Call(Generic[Reply]):
     session_id: str
     done: Callable[[Any], Reply]
 
-    @property
-    def metadata(self) -> tuple[tuple[str, str], ...]:
-        """What a router needs to find the session's node."""
-        return ((SESSION_HEADER, self.session_id),) if self.session_id else ()
+
+class ChannelKey(NamedTuple):
+    """What tells channels apart. spreads: gRPC itself chooses among the nodes behind the address."""
+
+    address: str
+    spreads: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,16 +174,37 @@ class Calls:
         retry_s: float | None,
         channel_options: Mapping[str, Any] | None,
         resend: bool,
+        redirects: bool,
     ) -> None:
         self.server = server or os.environ.get(SERVER_VARIABLE) or SERVER_DEFAULT
+        self.routes = Routes(self.server, redirects)
         self.timeout_s = timeout_s
         self.retry_s = retry_s
-        self.channel_options = list({**CHANNEL_OPTIONS, **(channel_options or {})}.items())
+        self._channel_options = channel_options or {}
         self.unconfirmed = Unconfirmed() if resend else None
 
-    def attempts(self) -> Attempts:
+    def attempts(self, call: Call[Any]) -> Attempts:
         """The attempts at one call, from now on."""
-        return Attempts(self.server, self.timeout_s, self.retry_s)
+        route = Route(self.routes, call.session_id, one_node=call.service == "AdminService")
+        return Attempts(self.server, self.timeout_s, self.retry_s, route)
+
+    @property
+    def node(self) -> ChannelKey:
+        """The one node that calls about a node go to: the first that was named."""
+        return ChannelKey(self.routes.servers[0])
+
+    def channel_options(self, key: ChannelKey) -> list[tuple[str, Any]]:
+        """The arguments of a channel."""
+        options = dict(CHANNEL_OPTIONS)
+        if key.spreads:
+            options.update(ring_options())
+        elif self.routes.several or self.routes.redirects:
+            options["grpc.min_reconnect_backoff_ms"] = CONNECT_MS
+        return list({**options, **self._channel_options}.items())
+
+    def channel_key(self, route: Route) -> ChannelKey:
+        """The channel that an attempt needs."""
+        return ChannelKey(route.address, self.routes.uses_ring_of_grpc and not route.direct and not route.one_node)
 
     # Sessions ----------------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from typing import Any, Final
 import grpc
 from google.rpc import error_details_pb2, status_pb2
 
+from sessiond.client.routes import ELSEWHERE, Route
 from sessiond.errors import (
     REASONS,
     Conflict,
@@ -32,6 +33,8 @@ DOMAIN: Final = "sessiond"
 DETAILS_KEY: Final = "grpc-status-details-bin"
 BACKOFF_FIRST_S: Final = 0.05
 BACKOFF_MAX_S: Final = 2.0
+# The least that an attempt is given while another server could still be asked.
+ATTEMPT_MIN_S: Final = 1.0
 _KINDS: Final[dict[str, type[SessiondError]]] = {
     "INVALID_ARGUMENT": Invalid,
     "OUT_OF_RANGE": Invalid,
@@ -153,25 +156,36 @@ def _details(
 
 
 class Attempts:
-    """The attempts at one call: how long each may take, and how long to wait before the next."""
+    """The attempts at one call: where each goes, how long it may take, and how long to wait before the next."""
 
-    def __init__(self, server: str, timeout_s: float, retry_s: float | None) -> None:
+    def __init__(self, server: str, timeout_s: float, retry_s: float | None, route: Route) -> None:
+        self.route = route
         self._server = server
         self._ends = time.monotonic() + timeout_s
         self._retry_s = retry_s
         self._retry_ends: float | None = None
         self._backoff_s = BACKOFF_FIRST_S
         self._seen: SessiondError | None = None
+        self._cut_short = False
 
-    def remaining_s(self) -> float:
-        """How long the next attempt may take."""
-        return max(0.001, self._ends - time.monotonic())
+    def attempt_s(self) -> float:
+        """How long the next attempt may take: a node that stands still must leave time to ask another one."""
+        left_s = max(0.001, self._ends - time.monotonic())
+        self._cut_short = self.route.more and left_s > ATTEMPT_MIN_S
+        return max(ATTEMPT_MIN_S, left_s / 2) if self._cut_short else left_s
 
     def wait_s(self, error: grpc.RpcError) -> float:
-        """How long to wait before the call is tried again. Raises SessiondError where it is not."""
+        """How long to wait before the call is tried again, where `route` now says. Raises SessiondError where it is
+        not.
+        """
         failure = failure_of(error, self._server)
         now = time.monotonic()
-        if not failure.retry:
+        reason = failure.error.reason
+        if self.route.redirected(failure.error):
+            return 0.0
+        if self._cut_short and reason == "DEADLINE_TOO_SHORT":
+            reason = "SERVER_UNREACHABLE"
+        elif not failure.retry:
             # An attempt that ran out of what time was left says less than what the one before it heard.
             if self._seen is not None and failure.error.reason == "DEADLINE_TOO_SHORT":
                 raise self._seen from error
@@ -179,9 +193,12 @@ class Attempts:
         self._seen = failure.error
         if self._retry_ends is None:
             self._retry_ends = self._ends if self._retry_s is None else min(self._ends, now + self._retry_s)
-        wait_s = (failure.error.retry_after_ms or 0) / 1000 if failure.error.reason != "SERVER_UNREACHABLE" else 0.0
-        wait_s += self._backoff_s * random.uniform(0.5, 1.0)
-        self._backoff_s = min(self._backoff_s * 2, BACKOFF_MAX_S)
+        wait_s = 0.0
+        if not self.route.moved(reason):
+            if reason != "SERVER_UNREACHABLE" and not (self.route.several and reason in ELSEWHERE):
+                wait_s = (failure.error.retry_after_ms or 0) / 1000
+            wait_s += self._backoff_s * random.uniform(0.5, 1.0)
+            self._backoff_s = min(self._backoff_s * 2, BACKOFF_MAX_S)
         if now + wait_s >= self._retry_ends:
             raise failure.error from error
         return wait_s

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import copy
 import functools
+import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 import grpc
 
-from sessiond.client.calls import DRAIN_S_MAX, TIMEOUT_S, Call, Calls, Listing
+from sessiond.client.calls import DRAIN_S_MAX, TIMEOUT_S, Call, Calls, ChannelKey, Listing
 from sessiond.client.context import Context
 from sessiond.client.failures import failure_of
+from sessiond.client.routes import CHANNELS_MAX
 from sessiond.v1 import admin_pb2, admin_pb2_grpc, session_pb2_grpc
 
 P = ParamSpec("P")
@@ -63,12 +66,45 @@ class Pages(Generic[Item]):
                 return
 
 
-class Client:
-    """A connection to a daemon, or to a name that leads to several.
+class _Channels:
+    """One channel per server or owner, opened by the first call that needs it. Thread-safe."""
 
-    server: HOST:PORT or unix:PATH; unsaid, SESSIOND_SERVER, else 127.0.0.1:7443. timeout_s: for a whole call, repeats
-    included. retry_s: how long to go on repeating after the first failure, 0 for never; unsaid, until timeout_s.
-    channel_options: gRPC channel arguments by name. resend: keep turns until the cloud tier has them; see `resend`.
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
+        self._lock = threading.Lock()
+        self._channels: OrderedDict[ChannelKey, tuple[grpc.Channel, dict[str, Any]]] = OrderedDict()
+
+    def stub(self, service: str, key: ChannelKey) -> Any:
+        with self._lock:
+            opened = self._channels.get(key)
+            if opened is None:
+                channel = grpc.insecure_channel(key.address, options=self._calls.channel_options(key))
+                stubs = {
+                    "SessionService": session_pb2_grpc.SessionServiceStub(channel),
+                    "AdminService": admin_pb2_grpc.AdminServiceStub(channel),
+                }
+                opened = self._channels[key] = channel, stubs
+                if len(self._channels) > CHANNELS_MAX + len(self._calls.routes.servers):
+                    # Not closed: a call may be on its way. It goes with its last stub.
+                    self._channels.popitem(last=False)
+            self._channels.move_to_end(key)
+            return opened[1][service]
+
+    def close(self) -> None:
+        with self._lock:
+            for channel, _ in self._channels.values():
+                channel.close()
+            self._channels.clear()
+
+
+class Client:
+    """A connection to a daemon, or to several that share a bucket.
+
+    server: HOST:PORT, several as HOST:PORT,HOST:PORT, unix:PATH or another target of gRPC's; unsaid, SESSIOND_SERVER,
+    else 127.0.0.1:7443. timeout_s: for a whole call, repeats included. retry_s: how long to go on repeating after the
+    first failure, 0 for never; unsaid, until timeout_s. channel_options: gRPC channel arguments by name. resend: keep
+    turns until the cloud tier has them; see `resend`. redirects: be told which node owns a session and call it
+    directly, where nodes can be reached at what they advertise, instead of having calls forwarded.
     """
 
     def __init__(
@@ -79,13 +115,10 @@ class Client:
         retry_s: float | None = None,
         channel_options: Mapping[str, Any] | None = None,
         resend: bool = False,
+        redirects: bool = False,
     ) -> None:
-        self.calls = Calls(server, timeout_s, retry_s, channel_options, resend)
-        self._channel = grpc.insecure_channel(self.calls.server, options=self.calls.channel_options)
-        self._stubs: dict[str, Any] = {
-            "SessionService": session_pb2_grpc.SessionServiceStub(self._channel),
-            "AdminService": admin_pb2_grpc.AdminServiceStub(self._channel),
-        }
+        self.calls = Calls(server, timeout_s, retry_s, channel_options, resend, redirects)
+        self._channels = _Channels(self.calls)
 
     def __enter__(self) -> Client:
         return self
@@ -95,7 +128,7 @@ class Client:
 
     def close(self) -> None:
         """Give the connection back; calls under way are cancelled."""
-        self._channel.close()
+        self._channels.close()
 
     def within(self, timeout_s: float, retry_s: float | None = None) -> Client:
         """The same client and connection with other times for the calls made through it."""
@@ -106,16 +139,19 @@ class Client:
 
     def run(self, call: Call[Reply]) -> Reply:
         """Send a call and repeat it where that is safe, within the deadline. Raises SessiondError."""
-        method = getattr(self._stubs[call.service], call.method)
-        attempts = self.calls.attempts()
+        attempts = self.calls.attempts(call)
+        route = attempts.route
         while True:
+            method = getattr(self._channels.stub(call.service, self.calls.channel_key(route)), call.method)
             try:
-                reply = method(call.request, timeout=attempts.remaining_s(), metadata=call.metadata)
+                reply = method(call.request, timeout=attempts.attempt_s(), metadata=route.metadata)
             except grpc.RpcError as error:
                 wait_s = attempts.wait_s(error)
             else:
+                route.answered()
                 return call.done(reply)
-            time.sleep(wait_s)
+            if wait_s:
+                time.sleep(wait_s)
 
     create_session = _unary(Calls.create_session)
     get_session = _unary(Calls.get_session)
@@ -140,7 +176,7 @@ class Client:
         request = admin_pb2.DrainRequest(grace_ms=grace_ms, shut_down=shut_down)
         timeout_s = (grace_ms / 1000 or DRAIN_S_MAX) + self.calls.timeout_s
         try:
-            yield from self._stubs["AdminService"].Drain(request, timeout=timeout_s)
+            yield from self._channels.stub("AdminService", self.calls.node).Drain(request, timeout=timeout_s)
         except grpc.RpcError as error:
             raise failure_of(error, self.calls.server).error from error
 

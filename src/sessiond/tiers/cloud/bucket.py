@@ -45,10 +45,6 @@ class Bucket:
         """16 bytes that stand for a tenant in keys."""
         return hashlib.blake2b(tenant.encode(), digest_size=16, key=self.hash_key, person=b"tenant").digest()
 
-    def node_key(self, configured: bytes) -> bytes:
-        """The secret by which the nodes of this bucket know each other: as configured, else made from the hash key."""
-        return configured or hashlib.blake2b(digest_size=32, key=self.hash_key, person=b"node key").digest()
-
     def user_prefix(self, tenant: str, user: str | None) -> str:
         """Prefix of the index by user; of the whole tenant without a user."""
         prefix = f"u/{self.tenant_hash(tenant).hex()}/"
