@@ -49,7 +49,8 @@ CALLS_AT_ONCE = 64
 class HeldLease:
     """A lease that holds: another process is not part of this day."""
 
-    lost = False
+    lost = fenced = False
+    tenure = fences = 0
 
     def is_valid(self) -> bool:
         return True

@@ -140,7 +140,8 @@ def killed_once_landed(key: str, land: Land) -> str:
 class HeldLease:
     """A lease that this node holds all along."""
 
-    lost = False
+    lost = fenced = False
+    tenure = fences = 0
 
     def is_valid(self) -> bool:
         return True

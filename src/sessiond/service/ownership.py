@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol, TypeVar
 
 from sessiond import core
@@ -168,10 +168,17 @@ class Ownership:
         """The session as the cloud tier has it now; callers that ask at the same time share one GET."""
         task = self._loads.get(h)
         if task is None:
-            task = asyncio.ensure_future(self.off_loop(load, self._parts.store, h))
+            task = asyncio.ensure_future(self._load(h))
             self._loads[h] = task
-            task.add_done_callback(lambda _: self._loads.pop(h, None))
         return await asyncio.shield(task)
+
+    async def _load(self, h: bytes) -> Cold | None:
+        tenure = self.tenure()
+        try:
+            cold = await self.off_loop(load, self._parts.store, h)
+        finally:
+            self._loads.pop(h, None)
+        return None if cold is None else replace(cold, tenure=tenure)
 
     async def cold(self, h: bytes, session_id: str, user_id: str) -> Cold:
         """The cloud tier's copy of a session that is not hot here. Raises NotFound, Unavailable, Corrupt."""
@@ -261,8 +268,9 @@ class Ownership:
         else:
             # After the manifest, never before: a node that came back writes the manifest before it serves from it.
             verdict = await self._verdict(owner)
-            if verdict.state != GONE:
-                moved = verdict.owner
+            # A node that may be taken for gone itself takes nothing: two of them could take turns without end.
+            if verdict.state != GONE or not self._parts.lease.is_valid():
+                moved = verdict.owner if verdict.state != GONE else None
                 if moved is not None and asked is not None and moved.address != asked.address:
                     raise OwnedElsewhere(manifest.session, moved)
                 return Succession(None, False)
@@ -279,10 +287,8 @@ class Ownership:
             look = self._looking.get(key)
             if look is None:
                 self._looks += 1
-                task = asyncio.ensure_future(self.off_loop(self._parts.peers.verdict, owner))
-                look = self._looks, task
+                look = self._looks, asyncio.ensure_future(self._look(owner))
                 self._looking[key] = look
-                task.add_done_callback(lambda _: self._looking.pop(key, None))
             try:
                 verdict = await asyncio.shield(look[1])
             except SessiondError:
@@ -291,6 +297,14 @@ class Ownership:
                 continue
             if look[0] > asked:
                 return verdict
+
+    async def _look(self, owner: Owner) -> Verdict:
+        assert self._parts.peers is not None
+        try:
+            return await self.off_loop(self._parts.peers.verdict, owner)
+        finally:
+            # Before anybody hears of it: one who comes later must find no look that is over.
+            self._looking.pop((owner.name, owner.incarnation), None)
 
     async def settle(self) -> None:
         """Return once no creation or claim is on its way; after `draining` is set, none begins."""
@@ -381,9 +395,17 @@ class Ownership:
 
         await self.off_loop(fetch)
 
-    def standing(self) -> context_pb2.Ownership:
-        """How sure this node is of what it owns, at this moment. Raises Unavailable LEASE_LAPSED."""
-        if self._parts.lease.is_valid():
+    def tenure(self) -> int:
+        """Rises whenever this node is fenced, and again before it holds its lease anew. Taken before rows are read."""
+        return self._parts.lease.tenure
+
+    def standing(self, tenure: int) -> context_pb2.Ownership:
+        """How sure this node is of what it owns, at this moment. tenure: from before the rows were read that a reply
+        speaks of; a lease that was taken anew since says nothing about them.
+
+        Raises Unavailable LEASE_LAPSED.
+        """
+        if self._parts.lease.is_valid() and tenure == self._parts.lease.tenure:
             return context_pb2.OWNERSHIP_CONFIRMED
         if not self._parts.serve_unconfirmed:
             raise Unavailable("LEASE_LAPSED", "The node's lease has lapsed.")

@@ -204,6 +204,8 @@ class Router:
         left_ms = min(self._left_ms(call), patience_ms)
         ends_ms = self._parts.boot_ms() + left_ms
         asking = asyncio.ensure_future(self._peers.call(owner.address, request, left_ms / 1000))
+        # Where it is given up, nobody else hears of what becomes of it.
+        asking.add_done_callback(lambda done: done.cancelled() or done.exception())
         try:
             while True:
                 done, _ = await asyncio.wait({asking}, timeout=min(left_ms, self._lease_ms / 2) / 1000)

@@ -163,15 +163,15 @@ class Sessions:
     async def describe(self, call: Call, h: bytes, session_id: str, user_id: str) -> session_pb2.Session:
         """A session by its owner's rows, or by the cloud tier where nobody owns it. Raises as finding it does."""
         await self._own.settle_doubt(h)
+        tenure = self._own.tenure()
         with self._hot.read() as transaction:
             head = log.read_head(transaction, h)
             if head is not None and head.phase == PHASE_OWNED:
                 self._own.admit(session_id, head, user_id)
                 log.check_newest(transaction, h, head)
                 manifest = decode_committed(h, transaction.get("manifests", h))
-                return self._session_proto(
-                    head.session, head.user, manifest, states.decode(head.state), head, self._missing(head.loss)
-                )
+                state, missing = states.decode(head.state), self._missing(head.loss)
+                return self._session_proto(head.session, head.user, manifest, state, head, missing, tenure)
         cold = await self._own.cold(h, session_id, user_id)
         return self.describe_cold(cold.manifest, await self._own.succession(call, cold))
 
@@ -181,7 +181,7 @@ class Sessions:
         if not found.takeable:
             missing.append(unreachable(manifest))
         state = states.decode(manifest.state)
-        return self._session_proto(manifest.session, manifest.user, manifest, state, None, missing)
+        return self._session_proto(manifest.session, manifest.user, manifest, state, None, missing, 0)
 
     def _session_proto(
         self,
@@ -191,6 +191,7 @@ class Sessions:
         state: State,
         head: Head | None,
         missing: list[context_pb2.MissingRange],
+        tenure: int,
     ) -> session_pb2.Session:
         birth = manifest.birth
         lifecycle = self._own.lifecycle(head or manifest)
@@ -225,7 +226,7 @@ class Sessions:
             reset_of_session_id=str(birth.get("reset_of", "")),
             missing=missing,
             owner_node=self._parts.node.name if head else (str(owner[1]) if owner else ""),
-            ownership=self._own.standing() if head else context_pb2.OWNERSHIP_CONFIRMED,
+            ownership=self._own.standing(tenure) if head else context_pb2.OWNERSHIP_CONFIRMED,
         )
 
     async def list_sessions(
@@ -275,6 +276,7 @@ class Sessions:
         start = b"" if not start_after else _users_key(start_after) + b"\0"
         response = session_pb2.ListSessionsResponse(incomplete=True)
         last = ""
+        tenure = self._own.tenure()
         with self._hot.read() as transaction:
             for key, name in transaction.scan("users", prefix, start):
                 h = key[-16:]
@@ -293,7 +295,9 @@ class Sessions:
                 )
                 manifest = decode_committed(h, transaction.get("manifests", h))
                 state, missing = states.decode(head.state), self._missing(head.loss)
-                response.sessions.append(self._session_proto(head.session, head.user, manifest, state, head, missing))
+                response.sessions.append(
+                    self._session_proto(head.session, head.user, manifest, state, head, missing, tenure)
+                )
         return response
 
     async def _listed(
@@ -301,6 +305,7 @@ class Sessions:
     ) -> session_pb2.Session | session_pb2.UnreadableSession | None:
         try:
             await self._own.settle_doubt(h)
+            tenure = self._own.tenure()
             with self._hot.read() as transaction:
                 head = log.read_head(transaction, h)
                 if head is not None and head.phase == PHASE_OWNED:
@@ -309,7 +314,7 @@ class Sessions:
                         return None
                     missing = self._missing(head.loss)
                     return self._session_proto(
-                        head.session, head.user, manifest, states.decode(head.state), head, missing
+                        head.session, head.user, manifest, states.decode(head.state), head, missing, tenure
                     )
             cold = await self._own.load(h)
             # A row of the index without a manifest is a creation that was never acknowledged.
@@ -344,6 +349,7 @@ class Sessions:
         spec: Spec | None = None
         fetched = False
         for _ in range(ATTEMPTS_MAX):
+            tenure = self._own.tenure()
             with self._hot.read() as transaction:
                 head = log.read_head(transaction, h)
                 if head is not None and head.phase == PHASE_OWNED:
@@ -353,7 +359,7 @@ class Sessions:
                     if spec is not None:
                         state = states.decode(head.state)
                         source = HotSource(transaction, h, head)
-                        standing = self._standing(request, head, state, source)
+                        standing = self._standing(request, head, state, source, tenure)
                         if fetched and standing.rung == context_pb2.RUNG_HOT:
                             standing.rung = context_pb2.RUNG_CLOUD
                         try:
@@ -399,12 +405,12 @@ class Sessions:
         return contexts.missing_ranges(loss)
 
     def _standing(
-        self, request: session_pb2.ResumeSessionRequest, head: Head, state: State, source: Source | None
+        self, request: session_pb2.ResumeSessionRequest, head: Head, state: State, source: Source | None, tenure: int
     ) -> Standing:
         """How a hot session is served: HOT, or PARTIAL where something is or may be missing."""
         standing = Standing(
             rung=context_pb2.RUNG_HOT,
-            ownership=self._own.standing(),
+            ownership=self._own.standing(tenure),
             node=self._parts.node.name,
             head_seq=head.head_seq,
             cloud_seq=head.cloud_seq,
@@ -647,6 +653,7 @@ class Sessions:
             await self._own.take(call, h, session_id, user_id, writes=True)
             if self._hot.is_full():
                 raise hot_tier_full(self._hot)
+            tenure = self._own.tenure()
             try:
                 outcome = await self._hot.run(operation, weight_bytes)
             except Unavailable as error:
@@ -654,6 +661,7 @@ class Sessions:
                     raise
                 continue  # released in between: take it again, or hear that this node takes none any more
             if isinstance(outcome, log.Appended):
+                outcome.tenure = tenure
                 self.turns_appended += sum(not turn.duplicate for turn in outcome.turns)
                 return outcome
             await self._own.backfill(h, outcome)
@@ -713,7 +721,7 @@ class Sessions:
         response.checkpoint_version = state.boundary[0] << 32 | state.boundary[1]
         last_seq = max(turn.seq for turn in done.turns)
         response.durability = turn_pb2.DURABILITY_CLOUD if head.cloud_seq >= last_seq else turn_pb2.DURABILITY_EDGE
-        response.ownership = self._own.standing()
+        response.ownership = self._own.standing(done.tenure)
         response.missing.extend(self._missing(head.loss))
 
     def _shared_seq(self, h: bytes, expected: tuple[int, int]) -> int:
@@ -725,6 +733,7 @@ class Sessions:
         return min([seq, *(int(row[2]) - 1 for row in epochs if row[0] > epoch)])
 
     async def _conflict(self, h: bytes, after_seq: int) -> session_pb2.AppendTurnResponse:
+        tenure = self._own.tenure()
         frames, reached, head = await self._read_turns(h, after_seq + 1, 0, CONFLICT_TAIL_BYTES_MAX, TURNS_PAGE_MAX)
         conflict = session_pb2.AppendConflict.FromString(frames)
         state = states.decode(head.state)
@@ -736,7 +745,7 @@ class Sessions:
             head=conflict.head,
             cloud_seq=head.cloud_seq,
             checkpoint_version=state.boundary[0] << 32 | state.boundary[1],
-            ownership=self._own.standing(),
+            ownership=self._own.standing(tenure),
             missing=self._missing(head.loss),
         )
 
@@ -838,10 +847,11 @@ class Sessions:
             raise invalid("INVALID_CONTEXT", "last_seq", f"{last_seq} is below first_seq {first_seq}")
         response = session_pb2.ListTurnsResponse()
         await self._own.settle_doubt(h)
+        tenure = self._own.tenure()
         try:
             frames, reached, head = await self._read_turns(h, first_seq, last_seq, PAGE_BYTES_MAX, size)
             self._own.admit(request.session_id, head, request.user_id)
-            standing = self._standing(session_pb2.ResumeSessionRequest(), head, states.decode(head.state), None)
+            standing = self._standing(session_pb2.ResumeSessionRequest(), head, states.decode(head.state), None, tenure)
             if first_seq < head.hot_first and standing.rung == context_pb2.RUNG_HOT:
                 standing.rung = context_pb2.RUNG_CLOUD
             epoch = states.decode(head.state).epoch

@@ -68,6 +68,8 @@ class Cold:
 
     manifest: Manifest
     etag: str
+    # The node's tenure before the manifest was read (`Lease.tenure`).
+    tenure: int = 0
 
 
 @dataclass(frozen=True)
@@ -478,7 +480,7 @@ class Claims:
 
         loss: a row to add because its last owner was lost with its hot tier. Raises as the store does.
         """
-        old, tenure = cold.manifest, self._tenure()
+        old, tenure = cold.manifest, cold.tenure
         h, epoch = old.h, old.epoch + 1
         if old.mutation == 1:
             # Its creation may have been cut short before the rows that name it, by a crash that took the disk as well.

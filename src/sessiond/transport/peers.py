@@ -16,7 +16,7 @@ import grpc
 import structlog
 from google.rpc import error_details_pb2, status_pb2
 
-from sessiond.errors import Denied
+from sessiond.errors import Denied, Unavailable
 from sessiond.service.router import PeerUnreachable
 from sessiond.tiers.hydrate import Node
 from sessiond.v1 import node_pb2, node_pb2_grpc
@@ -110,13 +110,16 @@ class PeerChannels:
         return response
 
     async def rescue(self, address: str, request: node_pb2.RescueRequest, timeout_s: float) -> node_pb2.RescueResponse:
-        """Offer turns to a session's owner. Raises PeerUnreachable."""
+        """Offer turns to a session's owner. Raises PeerUnreachable, Unavailable."""
         signed = self._credentials.metadata(
             request.incarnation, "Rescue", request.SerializeToString(deterministic=True)
         )
         try:
             response = await self._stub(address).Rescue(request, timeout=timeout_s, metadata=signed)
-        except grpc.RpcError as error:
+        except grpc.aio.AioRpcError as error:
+            if error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+                what = f"{address} refuses turns that it was offered: {error.details()}"
+                raise Unavailable("OWNER_UNREACHABLE", what) from error
             raise self._unreachable(address, error) from error
         assert isinstance(response, node_pb2.RescueResponse)
         return response

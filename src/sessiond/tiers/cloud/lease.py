@@ -139,8 +139,11 @@ class Lease:
         self.lost = False
         # True from the moment at which a fence is seen until the lease is held again.
         self.fenced = False
-        # Rises with every fence: what was under way before one must not settle as owned after it.
+        # Rises when a fence is seen, and again before the lease is taken anew: what was under way before, or read rows
+        # before, must neither settle as owned nor call itself confirmed after.
         self.tenure = 0
+        # How often this node was fenced.
+        self.fences = 0
         # What time it is, for a successor whose clock says something else; 0 until somebody knows.
         self.seen_ms: Callable[[], int] = lambda: 0
 
@@ -276,11 +279,14 @@ class Lease:
         """Hold the name anew after a fence; whether it is held. What was owned is doubted first, on disk."""
         self._valid_until_ms = 0
         self.fenced = True
+        self.fences += 1
         self.tenure += 1
         try:
             self._on_fenced()
         except SessiondError:
             return False  # nothing is taken again before that is done: the next renewal tries
+        # What began between the fence and this moment belongs to neither time.
+        self.tenure += 1
         # From here on a write of ours whose answer is lost is told from the fence by its start.
         self._fields["start_id"] = os.urandom(16)
         self._etag = etag

@@ -118,11 +118,12 @@ class Placed:
 
 @dataclass(slots=True)
 class Appended:
-    """What an append did: the turns in the order asked, and the head after it."""
+    """What an append did: the turns in the order asked, and the head after it. tenure: the node's when it began."""
 
     turns: list[Placed]
     head: Head
     state: bytes
+    tenure: int = 0
 
 
 def read_head(transaction: Transaction, h: bytes) -> Head | None:
