@@ -448,7 +448,9 @@ class World:
         schedule, knobs = self.schedule, self.knobs
         for number, machine in enumerate(self.machines.values()):
             schedule.after(number * 20_000, machine.start)
-        schedule.run(lambda: "bucket.json" in self.region.objects and self._served(), 20 * SECOND)
+        self.weather.calm = True
+        schedule.run(self._served, 20 * SECOND)
+        self.weather.calm = False
         bucket = open_bucket(self.direct, b"", 0)
         devices = []
         for session in knobs.sessions:
