@@ -19,6 +19,7 @@ from sessiond.service.ownership import Ownership, Parts
 from sessiond.service.rescue import Rescues
 from sessiond.service.router import Router
 from sessiond.service.sessions import Sessions
+from sessiond.service.watch import Watches
 from sessiond.tiers.cloud.bucket import open_bucket
 from sessiond.tiers.cloud.lease import Lease, last_seen_ms
 from sessiond.tiers.flush import Flusher
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 MAP_BYTES = 256 * 1024**2
 TENANT = "default"
+WATCHERS_MAX = 100
 TOKENIZER = Tokenizer()
 
 Reply = Callable[[Any], None]
@@ -248,6 +250,10 @@ class SimDaemon:
         channels = SimChannels(world, host, credentials)
         router = Router(parts, ownership, channels, knobs.lease_ms)
         rescues = Rescues(parts, ownership, channels)
+        watches = Watches(parts, ownership, WATCHERS_MAX, channels)
+        # A set of hashes has another order in every process.
+        tell = hot.on_commit
+        hot.on_commit = lambda changed: tell(sorted(changed))
         upkeep = Upkeep(
             hot,
             link,
@@ -255,7 +261,7 @@ class SimDaemon:
             identity,
             flusher,
             tenants=lambda: [TENANT],
-            resumed_ms=ownership.resumed_ms,
+            resumed_ms=lambda h: expiry_ms.running_ms() if watches.is_watched(h) else ownership.resumed_ms(h),
             clock_ms=host.wall_ms,
             steady_ms=expiry_ms,
             running_ms=expiry_ms.running_ms,
@@ -275,7 +281,8 @@ class SimDaemon:
             router,
             rescues,
         )
-        self.server.serve(self.sessions, self.admin, router, credentials, rescues.apply, hot.incarnation)
+        self.admin.watches = watches
+        self.server.serve(self.sessions, self.admin, router, credentials, rescues.apply, hot.incarnation, watches)
         forks = Forks(parts, ownership, self.sessions)
         self.server.also_serve("ForkSession", session_pb2.ForkSessionRequest, forks.fork)
         self.lease, self.flusher, self.bucket = lease, flusher, bucket

@@ -77,6 +77,7 @@ class SimServer(Server):
         self._incarnation = b""
         self._rescue = None
         self._watch = None
+        self._watches = None
         self._started = True
         self.waits_for = ""
         self._handlers: dict[str, Callable[[bytes, Any], Any]] = {}
