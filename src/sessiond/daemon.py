@@ -229,6 +229,7 @@ class Daemon:
             evict_at_percent=settings.evict_at_percent,
             wait=time.sleep,
             fenced=rescues.note,
+            peers=peers,
         )
         upkeep.start()
         opened.callback(upkeep.stop)

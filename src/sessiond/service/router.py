@@ -23,6 +23,14 @@ from sessiond.v1 import node_pb2
 
 # Sessions of which it is remembered who owned them last.
 HINTS_MAX: Final = 262_144
+# A session that was asked for through one other node so often in a row, and never directly, belongs there. Sprayed
+# calls never come to that: with three nodes by a chance of one in 3^32.
+VISITS_MAX: Final = 32
+# For so long a session that was let go for a node is not taken back when that node asks for it here.
+GIVEN_MS: Final = 5_000
+GIVEN_MAX: Final = 4096
+# A use that no session has had yet.
+NEVER_MS: Final = (1 << 63) - 1
 # A session that changes hands while it is looked for, and a node that drains, are tried again so often.
 ATTEMPTS_MAX: Final = 24
 # An owner that did not answer is asked again this often, by one call; the others hear at once that it does not.
@@ -84,6 +92,10 @@ class Router:
         self._hints: OrderedDict[bytes, Owner] = OrderedDict()
         self._silent: dict[bytes, _Silence] = {}
         self._successors: list[Owner] = []
+        # By whom a session was last asked for through another node, and how often in a row.
+        self._visits: OrderedDict[bytes, tuple[str, int]] = OrderedDict()
+        self._given: OrderedDict[bytes, tuple[str, int]] = OrderedDict()
+        self.let_go = 0
         self.counts: Counter[tuple[str, str]] = Counter()
 
     async def call(self, method: str, call: Call, request: Any, raw: bytes, work: Work) -> bytes:
@@ -114,6 +126,7 @@ class Router:
             else:
                 if hint is not None:
                     self._hints.pop(h, None)
+                self._visits.pop(h, None)
                 return reply
             try:
                 answer = await self._forward(method, call, raw, h, owner)
@@ -140,6 +153,40 @@ class Router:
     def _is_ours(self, h: bytes) -> bool:
         head = self._own.peek(h)
         return head is not None and head.phase in (PHASE_OWNED, PHASE_RELEASING)
+
+    def visited(self, method: str, call: Call, request: Any, node: str) -> None:
+        """A call that another node forwarded was answered here. A session that nobody asks for but through one and the
+        same node is let go, so that that node takes it: what routes by the session leads there.
+        """
+        h = self._hash(call, request)
+        if h is None or method == "WarmSession":
+            return
+        before, count = self._visits.pop(h, (node, 0))
+        count = count + 1 if before == node else 1
+        if count >= VISITS_MAX and self._is_ours(h):
+            self.let_go += 1
+            self._given[h] = node, self._parts.boot_ms() + GIVEN_MS
+            if len(self._given) > GIVEN_MAX:
+                self._given.popitem(last=False)
+            self._parts.flusher.release_unused(h, NEVER_MS)
+            return
+        self._visits[h] = node, count
+        if len(self._visits) > HINTS_MAX:
+            self._visits.popitem(last=False)
+
+    def is_given(self, call: Call, request: Any, node: str) -> bool:
+        """Whether a session was let go for this node a moment ago: then it is not taken back on its behalf."""
+        h = self._hash(call, request)
+        given = self._given.get(h) if h is not None else None
+        if h is None or given is None or given[0] != node:
+            return False
+        head = self._own.peek(h)
+        if head is not None and head.phase == PHASE_OWNED:
+            return False  # not let go yet, or another caller came first
+        if given[1] < self._parts.boot_ms():
+            del self._given[h]
+            return False
+        return True
 
     def owner_hint(self, h: bytes) -> Owner | None:
         """Who owned the session when a call was forwarded last."""

@@ -17,7 +17,7 @@ from typing import Final
 
 from sessiond.core.expiry import day_of, expired_lifecycle, lifecycle_at
 from sessiond.core.manifest import LIFECYCLE_ACTIVE, LIFECYCLE_ARCHIVED, LIFECYCLE_DELETED, LOSS_HOT_TIER, Manifest
-from sessiond.errors import Conflict, Corrupt, Exhausted, SessiondError, reason_of
+from sessiond.errors import Conflict, Corrupt, Exhausted, SessiondError, Unavailable, reason_of
 from sessiond.tiers.cloud.bucket import Bucket, refusal
 from sessiond.tiers.cloud.store import ObjectStore, StoreError
 from sessiond.tiers.flush import REMOVED_MAX, Flushed, Flusher
@@ -34,6 +34,7 @@ from sessiond.tiers.hot.rows import (
     user_key,
 )
 from sessiond.tiers.hydrate import Cold, Node, load, put_settled
+from sessiond.tiers.peers import GONE, SILENT, Owner, Peers
 from sessiond.tiers.pins import let_go
 from sessiond.tiers.retire import ended
 
@@ -90,6 +91,7 @@ class Upkeep:
         evict_at_percent: int,
         wait: Callable[[float], object],
         fenced: Callable[[bytes], None] = lambda h: None,
+        peers: Peers | None = None,
     ) -> None:
         """resumed_ms: when a session was last read, 0 if that is not known. idle_release_ms: 0 releases none.
         fenced: told of sessions that another node took over.
@@ -108,6 +110,7 @@ class Upkeep:
         self._evict_at = evict_at_percent
         self._wait = wait
         self._fenced = fenced
+        self._peers = peers
         self._counts = {PHASE_OWNED: 0, PHASE_FENCED: 0}
         # How many sessions were in these phases when all of them were looked at last.
         self.counts = dict(self._counts)
@@ -426,7 +429,8 @@ class Upkeep:
         if lifecycle_at(LIFECYCLE_ACTIVE, manifest.policy, manifest.expires_ms, self._steady_ms()) == LIFECYCLE_ACTIVE:
             return False
         if manifest.owner is not None:
-            if manifest.owner[1] != self._node.name or manifest.owner[0] == self._node.incarnation:
+            owner = Owner(bytes(manifest.owner[0]), str(manifest.owner[1]), str(manifest.owner[2]))
+            if owner.incarnation == self._node.incarnation or (owner.name != self._node.name and self._lives(owner)):
                 return False  # its owner ends it, this node's own claims included
             loss = [manifest.epoch, manifest.head, LOSS_HOT_TIER, 0]
         end = ended(manifest, self._node.incarnation, expired_lifecycle(manifest.policy), loss, self._clock_ms())
@@ -443,6 +447,16 @@ class Upkeep:
             self._hot.run_blocking(lambda transaction: _note_deleted(transaction, end.h, self._clock_ms()))
             return True
         return self._let_go(manifest, end)
+
+    def _lives(self, owner: Owner) -> bool:
+        """Whether another node sees to what it owns. Raises Unavailable while that is not known, and as the store."""
+        if self._peers is None:
+            return True
+        state = self._peers.verdict(owner).state
+        if state == SILENT:
+            what = f"Node {owner.name!r} may be gone, or not."
+            raise Unavailable("OWNER_UNREACHABLE", what, {"owner_node": owner.name})
+        return state != GONE
 
     def _let_go(self, was: Manifest, tombstone: Manifest) -> bool:
         return let_go(self._store, self._bucket, was, was.h, REMOVED_MAX, self._clock_ms(), self._wait, known=tombstone)

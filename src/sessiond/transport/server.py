@@ -313,7 +313,7 @@ class Server:
         forwarded = parse(node_pb2.ForwardRequest, raw, self._request_bytes_max + FORWARD_BYTES)
         name = forwarded.method
         metadata: Any = context.invocation_metadata()
-        self._credentials.check(metadata, forwarded.incarnation, name, forwarded.request)
+        node = self._credentials.check(metadata, forwarded.incarnation, name, forwarded.request)
         if forwarded.incarnation != self._incarnation:
             # Not "ask again who the owner is": the bucket may name it for ever. Its lease tells that it is gone.
             raise Unavailable("NOT_OWNER", "The hot tier that this call is meant for is not here any more.")
@@ -324,7 +324,12 @@ class Server:
         self.answered_for_others += 1
         try:
             request = parse(kind, forwarded.request, self._request_bytes_max)
-            answer = reply(await work(Call(forwarded.tenant, self._deadline_ms(context), forwarded=True), request))
+            call = Call(forwarded.tenant, self._deadline_ms(context), forwarded=True)
+            if self._router is not None and self._router.is_given(call, request, node):
+                return node_pb2.ForwardResponse(not_owner=True).SerializeToString()
+            answer = reply(await work(call, request))
+            if self._router is not None:
+                self._router.visited(name, call, request, node)
         except OwnedElsewhere:
             return node_pb2.ForwardResponse(not_owner=True).SerializeToString()
         except SessiondError as error:
