@@ -1,12 +1,16 @@
-"""What the client's tests talk through and to: both clients behind one face, and a server that answers by a script."""
+"""What the client's tests talk through and to: both clients behind one face, a server that answers by a script, several
+nodes.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent import futures
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -14,6 +18,7 @@ from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2
 
 from sessiond.client import AsyncClient
+from sessiond.testing import Daemon, running_daemon
 from sessiond.v1 import session_pb2
 
 Line = Callable[[grpc.ServicerContext], bytes]
@@ -102,3 +107,16 @@ def refuse(code: grpc.StatusCode, reason: str = "", retry_after_ms: int = 0, **m
 
 def accept(_: object) -> bytes:
     return session_pb2.AppendTurnResponse(outcome=session_pb2.APPEND_OUTCOME_APPENDED).SerializeToString()
+
+
+@contextlib.contextmanager
+def nodes(folder: Path, count: int, **settings: Any) -> Iterator[list[Daemon]]:
+    """So many daemons on one bucket, which flush often."""
+    chosen = {"map_size_bytes": 64 * 1024**2, "flush_interval_ms": 50, "lease_ms": 700, **settings}
+    with contextlib.ExitStack() as opened:
+        yield [
+            opened.enter_context(
+                running_daemon(folder / f"n{number}", (folder / "cloud").as_uri(), node_name=f"n{number}", **chosen)
+            )
+            for number in range(count)
+        ]

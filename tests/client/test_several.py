@@ -16,9 +16,9 @@ import pytest
 from sessiond.client import Client, Unavailable, assistant, failures, user
 from sessiond.client.ring import Ring
 from sessiond.client.routes import CHANNELS_MAX, ELSEWHERE, RING_VARIABLE
-from sessiond.testing import Daemon, running_daemon
+from sessiond.testing import Daemon
 from sessiond.v1 import session_pb2, session_pb2_grpc
-from tests.client.servers import OnLoop, Scripted, accept, refuse
+from tests.client.servers import OnLoop, Scripted, accept, nodes, refuse
 
 SERVICE_CONFIG = Path(__file__).resolve().parents[2] / "docs" / "routing" / "service-config.json"
 SESSIONS = 24
@@ -28,19 +28,6 @@ UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
 @pytest.fixture(params=[Client, OnLoop], ids=["sync", "asyncio"])
 def kind(request: pytest.FixtureRequest) -> Any:
     return request.param
-
-
-@contextlib.contextmanager
-def nodes(folder: Path, count: int, **settings: Any) -> Iterator[list[Daemon]]:
-    """So many daemons on one bucket, which flush often."""
-    chosen = {"map_size_bytes": 64 * 1024**2, "flush_interval_ms": 50, "lease_ms": 700, **settings}
-    with contextlib.ExitStack() as opened:
-        yield [
-            opened.enter_context(
-                running_daemon(folder / f"n{number}", (folder / "cloud").as_uri(), node_name=f"n{number}", **chosen)
-            )
-            for number in range(count)
-        ]
 
 
 @pytest.fixture(scope="module")

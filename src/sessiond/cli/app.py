@@ -25,6 +25,7 @@ COMMANDS: Final = {
     "resume": "Show the active context of a session within a token budget.",
     "sessions": "List sessions.",
     "show": "Show a session and its checkpoints.",
+    "orphans": "Show acknowledged turns that are not in a session's log, and append them again.",
     "delete": "Delete sessions for ever.",
     "stats": "Show what a daemon is doing.",
     "flush": "Have a daemon write everything that its cloud tier lacks.",

@@ -14,11 +14,12 @@
 from __future__ import annotations
 
 from sessiond.client.aio import AsyncClient
-from sessiond.client.calls import AppendResult, context_spec
+from sessiond.client.calls import AppendResult, Reappended, context_spec
 from sessiond.client.context import Context
 from sessiond.client.failures import ClientError
 from sessiond.client.sync import Client
 from sessiond.client.turns import (
+    again,
     assistant,
     from_anthropic,
     from_openai,
@@ -54,9 +55,11 @@ __all__ = [
     "Exhausted",
     "Invalid",
     "NotFound",
+    "Reappended",
     "SessiondError",
     "Unavailable",
     "Unimplemented",
+    "again",
     "assistant",
     "context_spec",
     "from_anthropic",

@@ -9,16 +9,17 @@ import asyncio
 import copy
 import functools
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 import grpc
 
-from sessiond.client.calls import DRAIN_S_MAX, TIMEOUT_S, Call, Calls, ChannelKey, Listing
+from sessiond.client.calls import DRAIN_S_MAX, TIMEOUT_S, Call, Calls, ChannelKey, Listing, Reappended
 from sessiond.client.context import Context
 from sessiond.client.failures import failure_of
 from sessiond.client.routes import CHANNELS_MAX
-from sessiond.v1 import admin_pb2, admin_pb2_grpc, session_pb2_grpc
+from sessiond.errors import SessiondError
+from sessiond.v1 import admin_pb2, admin_pb2_grpc, session_pb2_grpc, turn_pb2
 
 P = ParamSpec("P")
 Reply = TypeVar("Reply")
@@ -164,6 +165,7 @@ class AsyncClient:
     list_turns = _listing(Calls.list_turns)
     list_turns_page = _unary(Calls.list_turns_page)
     list_checkpoints = _unary(Calls.list_checkpoints)
+    list_orphans = _listing(Calls.list_orphans)
     get_status = _unary(Calls.get_status)
     flush = _unary(Calls.flush)
     release = _unary(Calls.release)
@@ -182,6 +184,35 @@ class AsyncClient:
                 yield progress
         except grpc.RpcError as error:
             raise failure_of(error, self.calls.server).error from error
+
+    async def reappend(
+        self,
+        session_id: str,
+        turns: Iterable[turn_pb2.Turn] | None = None,
+        *,
+        durability: str | int = "",
+        user_id: str = "",
+    ) -> Reappended:
+        """Append turns of list_orphans again, at the end of the log, under their own turn_ids.
+
+        Unsaid, all that are messages of user, assistant or tool, or milestones. System messages, state changes,
+        summaries and rewinds act on the rest of the session as it was then: give those of them that you want as turns.
+        Raises SessiondError; then call it again.
+        """
+        found = [turn async for turn in self.list_orphans(session_id, user_id=user_id)] if turns is None else turns
+        steps = self.calls.reappend(session_id, found, turns is not None, durability, user_id)
+        try:
+            call = next(steps)
+            while True:
+                try:
+                    done = await self.run(call)
+                except SessiondError as error:
+                    call = steps.throw(error)
+                else:
+                    call = steps.send(done)
+        except StopIteration as end:
+            outcome: Reappended = end.value
+            return outcome
 
     async def resend(self, session_id: str, budget_tokens: int = 0, **resume: Any) -> Context:
         """Append again, under their own turn_ids, the turns that the cloud tier may lack, then resume.

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 from google.protobuf.message import Message
@@ -20,7 +20,7 @@ from sessiond.client.failures import Attempts, item_error, make
 from sessiond.client.routes import CONNECT_MS, Route, Routes, ring_options
 from sessiond.client.turns import TurnLike, enum, policy_proto, to_message, to_turns
 from sessiond.client.unconfirmed import Unconfirmed
-from sessiond.errors import Invalid, SessiondError
+from sessiond.errors import Conflict, Invalid, SessiondError
 from sessiond.v1 import admin_pb2, context_pb2, session_pb2, turn_pb2
 
 SERVER_VARIABLE: Final = "SESSIOND_SERVER"
@@ -43,6 +43,8 @@ CHANNEL_OPTIONS: Final[dict[str, Any]] = {
 # An append takes 1 to 256 turns, in a request below the daemon's limit.
 RESEND_TURNS_MAX: Final = 256
 RESEND_BYTES_MAX: Final = 4 * 1024**2
+# Messages that say something and change nothing else when they stand at the end of the log.
+SAID: Final = (turn_pb2.ROLE_USER, turn_pb2.ROLE_ASSISTANT, turn_pb2.ROLE_TOOL)
 # The longest drain that a daemon can be configured for.
 DRAIN_S_MAX: Final = 3600.0
 
@@ -133,6 +135,18 @@ class AppendResult:
     def context_error(self) -> SessiondError | None:
         """Why the context could not be made although the turns were appended."""
         return item_error(self.proto.context_error) if self.proto.HasField("context_error") else None
+
+
+@dataclass(slots=True)
+class Reappended:
+    """What became of turns that were appended again.
+
+    appended: where they stand now, also those that stood there already. left: turns that were not appended, each with
+    the daemon's refusal; None for one that was not tried, since it acts on more than itself.
+    """
+
+    appended: list[session_pb2.AppendedTurn] = field(default_factory=list)
+    left: list[tuple[turn_pb2.Turn, SessiondError | None]] = field(default_factory=list)
 
 
 def context_spec(
@@ -407,20 +421,48 @@ class Calls:
 
         return _session_call("AppendTurn", request, done)
 
+    def list_orphans(self, session_id: str, *, user_id: str = "") -> Listing[turn_pb2.Turn]:
+        """Acknowledged turns that are not in the log, oldest first: their node was cut off, and the session went on."""
+
+        def page(token: str) -> Call[session_pb2.ListOrphansResponse]:
+            request = session_pb2.ListOrphansRequest(session_id=session_id, user_id=user_id, page_token=token)
+            return _session_call("ListOrphans", request, _itself)
+
+        return Listing(page, lambda reply: reply.turns)
+
+    def reappend(
+        self, session_id: str, turns: Iterable[turn_pb2.Turn], chosen: bool, durability: str | int, user_id: str
+    ) -> Generator[Call[AppendResult], AppendResult, Reappended]:
+        """The appends, one after the other; what became of each is sent in, or thrown. chosen: take every kind."""
+        outcome = Reappended()
+        wanted = {}
+        for turn in turns:
+            if chosen or turn.HasField("milestone") or (turn.HasField("message") and turn.role in SAID):
+                wanted[turn.turn_id] = turn
+            else:
+                outcome.left.append((turn, None))
+        for batch in _batches(turn_makers.again(turn) for turn in wanted.values()):
+            try:
+                done = yield self.append(session_id, batch, durability=durability, user_id=user_id)
+            except (Invalid, Conflict):
+                # One of them is refused: each by itself.
+                for single in batch:
+                    try:
+                        done = yield self.append(session_id, single, durability=durability, user_id=user_id)
+                    except (Invalid, Conflict) as error:
+                        outcome.left.append((wanted[single.turn_id], error))
+                    else:
+                        outcome.appended += done.turns
+            else:
+                outcome.appended += done.turns
+        return outcome
+
     def lost(self, session_id: str) -> tuple[list[Call[AppendResult]], turn_pb2.TurnPosition]:
         """(appends of every turn that the cloud tier may lack, the highest_acked to resume with). Needs resend=True."""
         if self.unconfirmed is None:
             raise ValueError("This client keeps no turns to send again: make it with resend=True.")
         turns, acked = self.unconfirmed.kept(session_id)
-        batches: list[list[turn_pb2.TurnInput]] = []
-        size_bytes = 0
-        for turn in turns:
-            size_bytes += turn.ByteSize()
-            if not batches or len(batches[-1]) == RESEND_TURNS_MAX or size_bytes > RESEND_BYTES_MAX:
-                batches.append([])
-                size_bytes = turn.ByteSize()
-            batches[-1].append(turn)
-        return [self.append(session_id, batch) for batch in batches], acked
+        return [self.append(session_id, batch) for batch in _batches(turns)], acked
 
     # Transcript and checkpoints ----------------------------------------------------------------------------------
 
@@ -480,6 +522,19 @@ class Calls:
     def release(self, session_ids: Iterable[str]) -> Call[admin_pb2.ReleaseResponse]:
         """Flush and release sessions, so that another node may take them; the reply names those that could not be."""
         return Call("AdminService", "Release", admin_pb2.ReleaseRequest(session_ids=session_ids), "", _itself)
+
+
+def _batches(turns: Iterable[turn_pb2.TurnInput]) -> list[list[turn_pb2.TurnInput]]:
+    """Turns in order, as many to an append as one takes."""
+    batches: list[list[turn_pb2.TurnInput]] = []
+    size_bytes = 0
+    for turn in turns:
+        size_bytes += turn.ByteSize()
+        if not batches or len(batches[-1]) == RESEND_TURNS_MAX or size_bytes > RESEND_BYTES_MAX:
+            batches.append([])
+            size_bytes = turn.ByteSize()
+        batches[-1].append(turn)
+    return batches
 
 
 def _session_call(method: str, request: Any, done: Callable[[Any], Reply]) -> Call[Reply]:

@@ -162,6 +162,22 @@ def from_anthropic(message: Mapping[str, Any], *, turn_id: str = "", **meta: Unp
     return anthropic.message_to_turn(dict(message), turn_id=turn_id or mint(), meta=_meta(meta))
 
 
+def again(turn: turn_pb2.Turn) -> turn_pb2.TurnInput:
+    """A turn as it came from the daemon, to be appended again under its own turn_id: to the daemon, the same one."""
+    made = turn_pb2.TurnInput(turn_id=turn.turn_id, role=turn.role, status=turn.status)
+    which = turn.WhichOneof("body")
+    if which is not None:
+        getattr(made, which).CopyFrom(getattr(turn, which))
+    for encoding, count in ((turn_pb2.ENCODING_O200K_BASE, turn.o200k), (turn_pb2.ENCODING_CL100K_BASE, turn.cl100k)):
+        if count.source == turn_pb2.TOKEN_SOURCE_SUPPLIED:
+            made.supplied_tokens.add(encoding=encoding, tokens=count.tokens)
+    made.meta.CopyFrom(turn.meta)
+    if not made.meta.created_at_unix_ms:
+        # It is appended now and was made then.
+        made.meta.created_at_unix_ms = turn.append_time_unix_ms
+    return made
+
+
 def to_turns(turns: TurnLike | Iterable[TurnLike]) -> list[turn_pb2.TurnInput]:
     """Turns as they are sent. A turn without a turn_id is given one in place, so that sending it again is a retry."""
     if isinstance(turns, (turn_pb2.TurnInput, Mapping)):
