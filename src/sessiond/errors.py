@@ -134,6 +134,13 @@ REASONS: dict[str, Reason] = {
     "INVALID_PAGE_SIZE": Reason(Invalid, "INVALID_ARGUMENT", "Use a page size within the documented range."),
     "INVALID_STATE_CHANGE": Reason(Invalid, "INVALID_ARGUMENT", "Correct the named field; nothing was changed."),
     "INVALID_POLICY": Reason(Invalid, "INVALID_ARGUMENT", "Correct the named field of the policy."),
+    "INVALID_BLOB": Reason(Invalid, "INVALID_ARGUMENT", "Correct the named field; nothing was written."),
+    "BLOB_TOO_LARGE": Reason(
+        Invalid, "INVALID_ARGUMENT", "Split the content over several keys, or keep it elsewhere and store its URI."
+    ),
+    "INVALID_WRITE_ID": Reason(
+        Invalid, "INVALID_ARGUMENT", "Mint one write_id of 1 to 128 bytes per write and send it again on every retry."
+    ),
     "INVALID_REWIND": Reason(
         Invalid, "INVALID_ARGUMENT", "Rewind to a turn that is in force: at or below the head and not superseded."
     ),
@@ -157,6 +164,16 @@ REASONS: dict[str, Reason] = {
     ),
     "STATE_ETAG_MISMATCH": Reason(
         Conflict, "ABORTED", "Read the session again and repeat the change on its new state."
+    ),
+    "STATE_NOT_FOUND": Reason(NotFound, "NOT_FOUND", "Check the scope and the key, or write the blob with PutState."),
+    "STATE_VERSION_MISMATCH": Reason(
+        Conflict, "ABORTED", "Read the blob again and repeat the change on its new version, with a new write_id."
+    ),
+    "WRITE_ID_REUSED": Reason(
+        Conflict, "ALREADY_EXISTS", "Mint a new write_id for new content; send a retry with the same content."
+    ),
+    "STATE_FULL": Reason(
+        Exhausted, "RESOURCE_EXHAUSTED", "Delete blobs that have no more use, or keep large content elsewhere."
     ),
     "SESSION_ARCHIVED": Reason(
         Denied, "FAILED_PRECONDITION", "The session expired and is read-only; go on in a new one."
@@ -245,6 +262,12 @@ REASONS: dict[str, Reason] = {
     "CORRUPT_SEGMENT": Reason(Corrupt, "DATA_LOSS", "Run sessiond verify; restore the object from a backup."),
     "CORRUPT_MANIFEST": Reason(Corrupt, "DATA_LOSS", "Run sessiond verify; restore the object from a backup."),
     "MISSING_SEGMENT": Reason(Corrupt, "DATA_LOSS", "Run sessiond verify; restore the object from a backup."),
+    "CORRUPT_BLOB": Reason(
+        Corrupt, "DATA_LOSS", "Restore the object from an older version or a backup, or write the blob again."
+    ),
+    "MISSING_BLOB": Reason(
+        Corrupt, "DATA_LOSS", "Restore the object from an older version or a backup, or write the blob again."
+    ),
     "HISTORY_DIVERGED": Reason(
         Corrupt, "DATA_LOSS", "The cloud tier is ahead of this node at its own epoch; run sessiond verify."
     ),

@@ -89,9 +89,12 @@ def _chunk_crc(header_crc: bytes, index: int, chunk: bytes) -> bytes:
 def unseal(stored: bytes, kind: int, name: str) -> tuple[dict[str, Any], bytes]:
     """(meta, payload) of an object. name: its key, for the error.
 
-    Raises Corrupt: NEWER_FORMAT for a version this release must not read, else CORRUPT_MANIFEST or CORRUPT_SEGMENT.
+    Raises Corrupt: NEWER_FORMAT for a version this release must not read, else CORRUPT_MANIFEST, CORRUPT_SEGMENT or
+    CORRUPT_BLOB.
     """
     reason = "CORRUPT_SEGMENT" if kind in (KIND_SEGMENT, KIND_SEGMENT_INDEX, KIND_ORPHAN) else "CORRUPT_MANIFEST"
+    if kind == KIND_STATE_BLOB:
+        reason = "CORRUPT_BLOB"
 
     def damaged(what: str) -> Corrupt:
         return Corrupt(reason, f"The object {name} is damaged: {what}.", {"object": name})

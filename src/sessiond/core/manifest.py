@@ -32,7 +32,7 @@ Meta keys (unknown ones are carried along in `extra` and written back):
     expires_ms       0 for never
     written_ms       when it was written, by the writer's clock
     orphans          rows [name, epoch, first, last, sha256] of objects with turns of a fenced node that are in no log
-    state_keys       of StateService: empty until used
+    state_keys       blobs of StateService, {} for none: {last, writes, rows, loss}; see `blobs`
     pins             rows [fork's h, its id, first, last, pinned at ms]: segments of these turns stay as they are, also
                      behind a tombstone, for as long as the fork needs them; it does while it is pinned itself
 

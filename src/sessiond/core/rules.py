@@ -6,7 +6,7 @@ They never look at a clock or a store; what they decide is written into the fram
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from typing import Any, Final
 
 from sessiond.core.layout import (
     FLAG_APPLIES,
@@ -30,6 +30,9 @@ from sessiond.core.layout import (
     SUMMARIES_MAX,
 )
 from sessiond.errors import Exhausted, Invalid
+
+# How ids of sessions begin that callers can't name: theirs begin with a letter or digit.
+HIDDEN: Final = "~"
 
 
 def without_field(message: bytes, number: int) -> bytes:
@@ -67,6 +70,16 @@ def session_hash(hash_key: bytes, tenant: str, session_id: str) -> bytes:
     name = tenant.encode()
     data = len(name).to_bytes(2, "big") + name + session_id.encode()
     return hashlib.blake2b(data, digest_size=16, key=hash_key, person=b"session").digest()
+
+
+def user_session(user_id: str) -> str:
+    """The id of the hidden session that holds what belongs to a user and to no conversation; no caller can send it."""
+    return f"{HIDDEN}user/{user_id}"
+
+
+def is_hidden(session_id: str) -> bool:
+    """Whether a session is no conversation: it stands in no index, is never listed and never expires."""
+    return session_id.startswith(HIDDEN)
 
 
 def body_digest(hash_key: bytes, kind: int, role: int, status: int, body: bytes) -> bytes:

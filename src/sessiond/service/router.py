@@ -146,6 +146,8 @@ class Router:
         if not session_id:
             scope = getattr(request, "scope", None)
             session_id = scope.session_id if scope is not None else ""
+            if scope is not None and scope.user_id:
+                session_id = rules.user_session(scope.user_id)
         if not session_id:
             return None
         return rules.session_hash(self._parts.bucket.hash_key, call.tenant, session_id)

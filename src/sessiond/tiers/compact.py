@@ -24,7 +24,8 @@ MERGE_SEGMENTS_OVERDUE: Final = 48
 # What a merge replaced is deleted so long after it: no reader works with one manifest for as long as this, and one that
 # does finds the object gone and reads the manifest again.
 REPLACED_KEPT_MS: Final = 2 * 60 * 1000
-# The manifest's key, unknown to older writers, which carry it along: rows [name without s/<hash>/, replaced at ms].
+# The manifest's key, unknown to older writers, which carry it along: rows [name, replaced at ms], the name without
+# s/<hash>/, or b/ and the name without b/<hash>/.
 REPLACED_KEY: Final = "replaced"
 
 
@@ -93,13 +94,17 @@ def row_key(manifest: Manifest, row: list[Any]) -> str:
 
 
 def replaced(manifest: Manifest) -> list[tuple[str, int]]:
-    """(key, replaced at ms) of the objects that a merge or a newer index replaced and that are to be deleted."""
-    return [(f"s/{manifest.h.hex()}/{name}", int(at_ms)) for name, at_ms in manifest.extra.get(REPLACED_KEY, [])]
+    """(key, replaced at ms) of the objects that a merge, a newer index or a newer version of a blob replaced and that
+    are to be deleted.
+    """
+    rows = [(name.rpartition("/"), int(at_ms)) for name, at_ms in manifest.extra.get(REPLACED_KEY, [])]
+    return [(f"{first or 's'}/{manifest.h.hex()}/{name}", at_ms) for (first, _, name), at_ms in rows]
 
 
 def with_replaced(manifest: Manifest, rows: list[tuple[str, int]]) -> dict[str, Any]:
     """What else a manifest carries, with these rows as what is to be deleted."""
     rest = {key: value for key, value in manifest.extra.items() if key != REPLACED_KEY}
     if rows:
-        rest[REPLACED_KEY] = [[key.rsplit("/", 1)[1], at_ms] for key, at_ms in rows]
+        parts = [(*key.split("/"), at_ms) for key, at_ms in rows]
+        rest[REPLACED_KEY] = [[name if first == "s" else f"{first}/{name}", at_ms] for first, _, name, at_ms in parts]
     return rest

@@ -13,9 +13,10 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from sessiond.core import blobs as blob_rules
 from sessiond.core import forks
 from sessiond.core import state as states
 from sessiond.core.expiry import day_of
@@ -33,7 +34,8 @@ from sessiond.core.manifest import (
     Manifest,
 )
 from sessiond.errors import Conflict, Corrupt, SessiondError, Unavailable, reason_of
-from sessiond.tiers.cloud.bucket import Bucket, manifest_key, refusal
+from sessiond.tiers import blobs
+from sessiond.tiers.cloud.bucket import Bucket, blob_key, manifest_key, refusal
 from sessiond.tiers.cloud.lease import boot_clock_ms
 from sessiond.tiers.cloud.store import Ambiguous, ObjectStore, StoreError
 from sessiond.tiers.compact import (
@@ -46,6 +48,7 @@ from sessiond.tiers.compact import (
     spill,
     with_replaced,
 )
+from sessiond.tiers.hot import blobs as hot_blobs
 from sessiond.tiers.hot import log
 from sessiond.tiers.hot.environment import Environment, Transaction
 from sessiond.tiers.hot.rows import (
@@ -81,10 +84,12 @@ REMOVED_MAX = 512
 SILENT_MS = 3000
 # Names of replaced objects that a manifest carries at most.
 REPLACED_MAX = 512
+# Of these so many may be blobs: one that is written again and again is replaced with every flush.
+BLOBS_REPLACED_MAX = 64
 # Sessions of which something is remembered between two flushes; beyond it everything is forgotten, at little cost.
 REMEMBERED_MAX = 65_536
 # Parts of the manifest that are noted in its row here, with a change counted in the head, before they are committed.
-NOTED = ("state_keys", "orphans", "pins")
+NOTED = ("orphans", "pins")
 # Refusals that speak of the store, not of one session.
 _STORE_REASONS = frozenset(("STORE_UNAVAILABLE", "COMMIT_UNKNOWN", "STORE_DENIED"))
 
@@ -133,13 +138,17 @@ class Backlog:
 
 @dataclass(slots=True)
 class _Cut:
-    """One consistent look at a session's rows: what the next manifest says, without what is on its way in segments."""
+    """One consistent look at a session's rows: what the next manifest says, without what is on its way in segments.
+
+    blobs: the objects that it needs first; where there are more of them, the manifest is none yet.
+    """
 
     head: Head
     base: Manifest
     manifest: Manifest
     tail: bytes
     tail_last: int
+    blobs: blobs.Pending = field(default_factory=blobs.Pending)
 
 
 class Flusher:
@@ -192,6 +201,8 @@ class Flusher:
         self._allowance: dict[bytes, tuple[float, int]] = {}
         self._deleted_names: set[str] = set()
         self._sealed: dict[bytes, list[list[Any]]] = {}
+        # Objects of blobs whose manifest did not come to stand, by session and version: [sha256, bytes].
+        self._placed: dict[bytes, dict[int, list[Any]]] = {}
         self._wake = threading.Event()
         self._stopping = False
         self._thread: threading.Thread | None = None
@@ -511,19 +522,28 @@ class Flusher:
         # Segments of an earlier flush whose manifest did not come to stand are there: sealing again what is longer by
         # now would leave one behind with each failure.
         sealed = self._sealed.get(h, [])
+        placed = self._placed.get(h, {})
+        looks = 0
         while True:
             # A session that is written to without a pause would be sealed for ever: after some rounds what came in
             # meanwhile travels inline, though it is more than a tail should be.
             inline_max = INLINE_TAIL_BYTES_MAX if len(sealed) < SEAL_ROUNDS_MAX else SEGMENT_BYTES_MAX
-            cut = self._look(h, sealed, release, inline_max, repins)
+            # The same holds for blobs.
+            blob_bytes_max = blobs.LOOK_BYTES_MAX if looks < SEAL_ROUNDS_MAX else blob_rules.TOTAL_BYTES_MAX
+            cut = self._look(h, sealed, placed, release, inline_max, blob_bytes_max, repins)
             if isinstance(cut, Flushed):
                 return cut
             if not cut.tail:
-                break
+                self._put_blobs(h, cut, placed)
+                looks += 1
+                if not cut.blobs.more:
+                    break
+                continue
             sealed.append(self._put_segment(cut))
             if len(self._sealed) >= REMEMBERED_MAX:
                 self._sealed.clear()
             self._sealed[h] = sealed
+        self._note_replaced_blobs(cut)
         self._merge(cut.manifest, urgent)
         if len(cut.manifest.segments) > SEGMENT_ROWS_MAX:
             self._spill(cut.manifest)
@@ -538,6 +558,7 @@ class Flusher:
             return self._catch_up(h, cut, lost, release, repins)
         self._sealed.pop(h, None)
         self._note_commit(h)
+        self._drop_placed(h, cut.manifest)
         self._settle(h, cut.manifest, etag, cut.head.changes, release)
         if leaves_row(cut.base, cut.manifest):
             day = day_of(cut.base.expires_ms)
@@ -570,8 +591,13 @@ class Flusher:
     def _delete_replaced(self, manifest: Manifest) -> None:
         """Delete what merges replaced a while ago. The commit just now proved that the session is still ours."""
         now_ms = self._clock_ms()
-        for name, at_ms in replaced(manifest):
-            if now_ms - at_ms >= REPLACED_KEPT_MS and name not in self._deleted_names:
+        gone = replaced(manifest)
+        of_blobs = [name for name, _ in gone if name.startswith("b/")]
+        # A manifest must not grow with every write of a blob: the oldest go sooner. Whoever reads one then finds it
+        # gone, and reads the manifest again.
+        early = frozenset(of_blobs[:-BLOBS_REPLACED_MAX])
+        for name, at_ms in gone:
+            if (now_ms - at_ms >= REPLACED_KEPT_MS or name in early) and name not in self._deleted_names:
                 try:
                     self._store.delete(name)
                 except StoreError:
@@ -598,7 +624,14 @@ class Flusher:
         return self._hot.run_blocking(operation)
 
     def _look(
-        self, h: bytes, sealed: list[list[Any]], release: bool, inline_max: int, repins: Sequence[Repin]
+        self,
+        h: bytes,
+        sealed: list[list[Any]],
+        placed: dict[int, list[Any]],
+        release: bool,
+        inline_max: int,
+        blob_bytes_max: int,
+        repins: Sequence[Repin],
     ) -> _Cut | Flushed:
         with self._hot.read() as transaction:
             head = log.read_head(transaction, h)
@@ -636,8 +669,13 @@ class Flusher:
                     tail = b""
             if tail:
                 return _Cut(head, base, base, tail, tail_last)
+            pending = blobs.pending(transaction, h, base, placed, blob_bytes_max)
+            if pending.more:
+                return _Cut(head, base, base, b"", tail_last, pending)
             manifest = self._manifest(transaction, h, head, replace(base, pins=pins), segments, release)
-            return _Cut(head, base, manifest, b"", tail_last)
+            there = {version: [sha256, len(body)] for version, _, body, sha256 in pending.objects}
+            manifest.state_keys = blobs.state_keys(transaction, h, base, {**placed, **there})
+            return _Cut(head, base, manifest, b"", tail_last, pending)
 
     def _manifest(
         self, transaction: Transaction, h: bytes, head: Head, base: Manifest, segments: list[list[Any]], release: bool
@@ -709,6 +747,32 @@ class Flusher:
             except StoreError as error:
                 raise refusal(error) from error
 
+    def _put_blobs(self, h: bytes, cut: _Cut, placed: dict[int, list[Any]]) -> None:
+        """Write the objects of blobs that the cut's manifest, or a later look's, will name."""
+        for version, key, body, sha256 in cut.blobs.objects:
+            self._put_immutable(key, body)
+            placed[version] = [sha256, len(body)]
+            if len(self._placed) >= REMEMBERED_MAX:
+                self._placed.clear()
+            self._placed[h] = placed
+
+    def _note_replaced_blobs(self, cut: _Cut) -> None:
+        """Have the manifest list the objects that it no longer names, to be deleted later."""
+        manifest, now_ms = cut.manifest, self._clock_ms()
+        if manifest.lifecycle != LIFECYCLE_DELETED:
+            gone = [(key, now_ms) for key in blobs.replaced(cut.base, manifest)]
+            if gone:
+                manifest.extra = with_replaced(manifest, (replaced(manifest) + gone)[-REPLACED_MAX:])
+
+    def _drop_placed(self, h: bytes, manifest: Manifest) -> None:
+        """Remove objects of blobs that were written over before any manifest named them; none can any more."""
+        placed = self._placed.pop(h, {})
+        named = {int(row[1]) for row in blob_rules.rows(manifest.state_keys)}
+        for version, (sha256, _) in placed.items():
+            if version not in named:
+                with suppress(StoreError):  # verify counts it
+                    self._store.delete(blob_key(h, version, sha256))
+
     def _spill(self, manifest: Manifest) -> None:
         """Move the older segment rows into an index object, so that the manifest stays small."""
         before = manifest.index
@@ -766,6 +830,7 @@ class Flusher:
             # A crash came between the store's answer and our row: take the answer now, then flush the rest.
             same = (theirs.lifecycle, theirs.policy, theirs.loss) == (head.lifecycle, head.policy, head.loss)
             same = same and all(getattr(theirs, name) == getattr(cut.base, name) for name in NOTED)
+            same = same and blob_rules.equals(self._ledger(h), theirs.state_keys)
             changes = head.changes if same else head.changes_flushed
             self._settle(h, theirs, found.etag, changes, theirs.owner is None)
             return self._flush(h, release, True, repins)
@@ -806,8 +871,12 @@ class Flusher:
         """Whether our log contains the manifest's as a prefix."""
         if theirs.head > head.head_seq:
             return False
-        if theirs.head == 0 or theirs.lifecycle == LIFECYCLE_DELETED:
+        if theirs.lifecycle == LIFECYCLE_DELETED:
             return True  # a tombstone has no state to compare, and under our epoch nobody else can have written it
+        if not blob_rules.continues(self._ledger(h), theirs.state_keys):
+            return False
+        if theirs.head == 0:
+            return True
         chain = states.decode(theirs.state).chain
         if theirs.head == head.head_seq:
             return states.decode(head.state).chain == chain
@@ -817,6 +886,10 @@ class Flusher:
         except log.HistoryNeeded:
             return theirs.head <= head.cloud_seq  # below the hot rows there is only what was read from the cloud tier
         return header.chain == chain
+
+    def _ledger(self, h: bytes) -> blob_rules.Ledger | None:
+        with self._hot.read() as transaction:
+            return hot_blobs.read_ledger(transaction, h)
 
     def settle_doubt(self, h: bytes) -> None:
         """Learn whether a doubted session is still ours: by a write of its manifest, and never by reading it alone.
@@ -867,7 +940,7 @@ class Flusher:
             )
             etag = put_settled(self._store, h, manifest, cold.etag, self._wait)
             phase = PHASE_OWNED
-        elif manifest.head != head.head_seq:
+        elif manifest.head != head.head_seq or not blob_rules.equals(self._ledger(h), manifest.state_keys):
             phase = PHASE_FENCED  # released, and yet there is more here: an orphan
 
         def operation(transaction: Transaction) -> bool:
@@ -879,6 +952,7 @@ class Flusher:
             noted = decode_committed(h, transaction.get("manifests", h))
             same = (manifest.lifecycle, manifest.policy, manifest.loss) == (known.lifecycle, known.policy, known.loss)
             same = same and all(getattr(manifest, name) == getattr(noted, name) for name in NOTED)
+            same = same and blob_rules.equals(hot_blobs.read_ledger(transaction, h), manifest.state_keys)
             if same or phase == PHASE_RELEASED:
                 known.changes_flushed = known.changes
             kept = manifest if same else replace(manifest, **{name: getattr(noted, name) for name in NOTED})

@@ -17,7 +17,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sessiond import core
-from sessiond.core import envelope, forks
+from sessiond.core import blobs as blob_rules
+from sessiond.core import envelope, forks, rules
 from sessiond.core import manifest as manifests
 from sessiond.core import state as states
 from sessiond.core.expiry import expires_ms
@@ -38,6 +39,7 @@ from sessiond.tiers.cloud.store import (
     PreconditionLost,
     StoreError,
 )
+from sessiond.tiers.hot import blobs as hot_blobs
 from sessiond.tiers.hot import log
 from sessiond.tiers.hot.environment import Environment, Transaction
 from sessiond.tiers.hot.rows import (
@@ -437,7 +439,7 @@ class Claims:
     def _drop_stray_index(self, manifest: Manifest, found: Manifest) -> None:
         """Take back the row of a creation that came second; a listing would pass over it, and pay for it, for ever."""
         ours = self._index_key(manifest)
-        if ours != self._index_key(found):
+        if ours != self._index_key(found) and not rules.is_hidden(manifest.session):
             with suppress(StoreError):
                 self._store.delete(ours)
 
@@ -460,6 +462,8 @@ class Claims:
 
     def _put_index_rows(self, manifest: Manifest) -> None:
         """The rows that name a new session: by its user, and by the day on which it expires."""
+        if rules.is_hidden(manifest.session):
+            return
         self._put_user_index(manifest)
         if manifest.expires_ms:
             self._put_settled(lambda: put_expiry_row(self._store, self._bucket, manifest))
@@ -501,6 +505,7 @@ class Claims:
             owner=[self._node.incarnation, self._node.name, self._node.address],
             loss=bounded_loss([*old.loss, *([loss] if loss else [])]),
             orphans=[*old.orphans, *([orphan] if orphan else [])],
+            state_keys=blob_rules.with_loss(old.state_keys, loss),
             written_ms=now_ms,
         )
 
@@ -588,8 +593,11 @@ class Claims:
                 manifest.turn_ids,
                 manifest.checkpoints,
             )
+            hot_blobs.hydrate(transaction, h, manifest.state_keys)
             transaction.put("manifests", h, encode_committed(h, manifest))
             log.write_head(transaction, h, head, manifest.written_ms)
+            if rules.is_hidden(manifest.session):
+                return
             tenant = self._bucket.tenant_hash(manifest.tenant)
             user = self._bucket.user_hash(manifest.tenant, manifest.user)
             key = user_key(tenant, user, head.created_ms, h)

@@ -10,7 +10,7 @@ import os
 from dataclasses import replace
 from typing import Any
 
-from sessiond.core import envelope
+from sessiond.core import blobs, envelope
 from sessiond.core.expiry import day_of
 from sessiond.core.manifest import EPOCH_ROWS_MAX, LIFECYCLE_ACTIVE, LIFECYCLE_DELETED, Manifest
 from sessiond.tiers.cloud.bucket import Bucket, refusal
@@ -56,16 +56,16 @@ def tombstone(manifest: Manifest) -> Manifest:
 def remove_objects(
     store: ObjectStore, bucket: Bucket, h: bytes, was: Head | Manifest, objects_max: int, pinned_seq: int = 0
 ) -> bool:
-    """Remove what a tombstone left behind: segments, orphans, the rows that name the session. Whether all of it.
+    """Remove what a tombstone left behind: segments, orphans, blobs, rows that name the session. Whether all of it.
 
-    It lists the session's own prefixes, so that objects go too that no manifest ever named; segments and orphans at
+    It lists the session's own prefixes, so that objects go too that no manifest ever named; of these at
     most objects_max, to go on another time. was: the session, before its tombstone or after. pinned_seq: segments that
     begin up to this turn stay, for forks name them. Raises as the store does.
     """
     created_ms = was.created_ms if isinstance(was, Head) else int(was.birth.get("created_ms", 0))
     left = objects_max
     try:
-        for prefix in (f"s/{h.hex()}/", f"o/{h.hex()}/"):
+        for prefix in (f"s/{h.hex()}/", f"o/{h.hex()}/", f"b/{h.hex()}/"):
             start_after = ""
             while True:
                 keys = [row.key for row in store.list(prefix, start_after, left + 1)]
@@ -135,6 +135,7 @@ def ended(manifest: Manifest, incarnation: bytes, lifecycle: int, loss: list[int
         owner=None,
         lifecycle=lifecycle,
         loss=[*manifest.loss, *([loss] if lossy and loss else [])],
+        state_keys=blobs.with_loss(manifest.state_keys, loss if lossy else None),
         written_ms=now_ms,
     )
     return tombstone(end) if lifecycle == LIFECYCLE_DELETED else end

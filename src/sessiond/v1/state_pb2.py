@@ -22,10 +22,11 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from sessiond.v1 import context_pb2 as sessiond_dot_v1_dot_context__pb2
 from sessiond.v1 import turn_pb2 as sessiond_dot_v1_dot_turn__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17sessiond/v1/state.proto\x12\x0bsessiond.v1\x1a\x16sessiond/v1/turn.proto\"W\n\nStateScope\x12\x14\n\nsession_id\x18\x01 \x01(\tH\x00\x12\x11\n\x07user_id\x18\x02 \x01(\tH\x00\x12\x17\n\x0fsession_user_id\x18\x03 \x01(\tB\x07\n\x05owner\"\x91\x02\n\x0bStateHeader\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\x12\x0e\n\x06sha256\x18\x04 \x01(\x0c\x12\x12\n\nmedia_type\x18\x05 \x01(\t\x12\x1a\n\x12updated_at_unix_ms\x18\x06 \x01(\x04\x12\x34\n\x06labels\x18\x07 \x03(\x0b\x32$.sessiond.v1.StateHeader.LabelsEntry\x12+\n\ndurability\x18\x08 \x01(\x0e\x32\x17.sessiond.v1.Durability\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"]\n\x0fGetStateRequest\x12&\n\x05scope\x18\x01 \x01(\x0b\x32\x17.sessiond.v1.StateScope\x12\x0b\n\x03key\x18\x02 \x01(\t\x12\x15\n\rknown_version\x18\x03 \x01(\x04\"c\n\x10GetStateResponse\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x18.sessiond.v1.StateHeader\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\x0c\x12\x14\n\x0cnot_modified\x18\x03 \x01(\x08\"\xc7\x02\n\x0fPutStateRequest\x12&\n\x05scope\x18\x01 \x01(\x0b\x32\x17.sessiond.v1.StateScope\x12\x0b\n\x03key\x18\x02 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x03 \x01(\x0c\x12\x1d\n\x10\x65xpected_version\x18\x04 \x01(\x04H\x00\x88\x01\x01\x12\x12\n\nmedia_type\x18\x05 \x01(\t\x12\x38\n\x06labels\x18\x06 \x03(\x0b\x32(.sessiond.v1.PutStateRequest.LabelsEntry\x12\x10\n\x08write_id\x18\x07 \x01(\t\x12+\n\ndurability\x18\x08 \x01(\x0e\x32\x17.sessiond.v1.Durability\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x13\n\x11_expected_version\"O\n\x10PutStateResponse\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x18.sessiond.v1.StateHeader\x12\x11\n\tduplicate\x18\x02 \x01(\x08\"\xbc\x01\n\x12\x44\x65leteStateRequest\x12&\n\x05scope\x18\x01 \x01(\x0b\x32\x17.sessiond.v1.StateScope\x12\x0b\n\x03key\x18\x02 \x01(\t\x12\x1d\n\x10\x65xpected_version\x18\x03 \x01(\x04H\x00\x88\x01\x01\x12+\n\ndurability\x18\x04 \x01(\x0e\x32\x17.sessiond.v1.Durability\x12\x10\n\x08write_id\x18\x05 \x01(\tB\x13\n\x11_expected_version\"&\n\x13\x44\x65leteStateResponse\x12\x0f\n\x07\x64\x65leted\x18\x01 \x01(\x08\"v\n\x11ListStatesRequest\x12&\n\x05scope\x18\x01 \x01(\x0b\x32\x17.sessiond.v1.StateScope\x12\x12\n\nkey_prefix\x18\x02 \x01(\t\x12\x11\n\tpage_size\x18\x03 \x01(\r\x12\x12\n\npage_token\x18\x04 \x01(\t\"X\n\x12ListStatesResponse\x12)\n\x07headers\x18\x01 \x03(\x0b\x32\x18.sessiond.v1.StateHeader\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t2\xc1\x02\n\x0cStateService\x12G\n\x08GetState\x12\x1c.sessiond.v1.GetStateRequest\x1a\x1d.sessiond.v1.GetStateResponse\x12G\n\x08PutState\x12\x1c.sessiond.v1.PutStateRequest\x1a\x1d.sessiond.v1.PutStateResponse\x12P\n\x0b\x44\x65leteState\x12\x1f.sessiond.v1.DeleteStateRequest\x1a .sessiond.v1.DeleteStateResponse\x12M\n\nListStates\x12\x1e.sessiond.v1.ListStatesRequest\x1a\x1f.sessiond.v1.ListStatesResponseBN\n\x0eio.sessiond.v1P\x01Z:github.com/sessiond/sessiond/gen/go/sessiond/v1;sessiondv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17sessiond/v1/state.proto\x12\x0bsessiond.v1\x1a\x19sessiond/v1/context.proto\x1a\x16sessiond/v1/turn.proto\"W\n\nStateScope\x12\x14\n\nsession_id\x18\x01 \x01(\tH\x00\x12\x11\n\x07user_id\x18\x02 \x01(\tH\x00\x12\x17\n\x0fsession_user_id\x18\x03 \x01(\tB\x07\n\x05owner\"a\n\rMissingWrites\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12\x15\n\rafter_version\x18\x02 \x01(\x04\x12*\n\x06reason\x18\x03 \x01(\x0e\x32\x1a.sessiond.v1.MissingReason\"\x91\x02\n\x0bStateHeader\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\x12\x0e\n\x06sha256\x18\x04 \x01(\x0c\x12\x12\n\nmedia_type\x18\x05 \x01(\t\x12\x1a\n\x12updated_at_unix_ms\x18\x06 \x01(\x04\x12\x34\n\x06labels\x18\x07 \x03(\x0b\x32$.sessiond.v1.StateHeader.LabelsEntry\x12+\n\ndurability\x18\x08 \x01(\x0e\x32\x17.sessiond.v1.Durability\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"]\n\x0fGetStateRequest\x12&\n\x05scope\x18\x01 \x01(\x0b\x32\x17.sessiond.v1.StateScope\x12\x0b\n\x03key\x18\x02 \x01(\t\x12\x15\n\rknown_version\x18\x03 \x01(\x04\"\xdc\x01\n\x10GetStateResponse\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x18.sessiond.v1.StateHeader\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\x0c\x12\x14\n\x0cnot_modified\x18\x03 \x01(\x08\x12+\n\x07missing\x18\x04 \x03(\x0b\x32\x1a.sessiond.v1.MissingWrites\x12\x1f\n\x04rung\x18\x05 \x01(\x0e\x32\x11.sessiond.v1.Rung\x12)\n\townership\x18\x06 \x01(\x0e\x32\x16.sessiond.v1.Ownership\"\xc7\x02\n\x0fPutStateRequest\x12&\n\x05scope\x18\x01 \x01(\x0b\x32\x17.sessiond.v1.StateScope\x12\x0b\n\x03key\x18\x02 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x03 \x01(\x0c\x12\x1d\n\x10\x65xpected_version\x18\x04 \x01(\x04H\x00\x88\x01\x01\x12\x12\n\nmedia_type\x18\x05 \x01(\t\x12\x38\n\x06labels\x18\x06 \x03(\x0b\x32(.sessiond.v1.PutStateRequest.LabelsEntry\x12\x10\n\x08write_id\x18\x07 \x01(\t\x12+\n\ndurability\x18\x08 \x01(\x0e\x32\x17.sessiond.v1.Durability\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x13\n\x11_expected_version\"z\n\x10PutStateResponse\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x18.sessiond.v1.StateHeader\x12\x11\n\tduplicate\x18\x02 \x01(\x08\x12)\n\townership\x18\x03 \x01(\x0e\x32\x16.sessiond.v1.Ownership\"\xbc\x01\n\x12\x44\x65leteStateRequest\x12&\n\x05scope\x18\x01 \x01(\x0b\x32\x17.sessiond.v1.StateScope\x12\x0b\n\x03key\x18\x02 \x01(\t\x12\x1d\n\x10\x65xpected_version\x18\x03 \x01(\x04H\x00\x88\x01\x01\x12+\n\ndurability\x18\x04 \x01(\x0e\x32\x17.sessiond.v1.Durability\x12\x10\n\x08write_id\x18\x05 \x01(\tB\x13\n\x11_expected_version\"\x91\x01\n\x13\x44\x65leteStateResponse\x12\x0f\n\x07\x64\x65leted\x18\x01 \x01(\x08\x12+\n\ndurability\x18\x02 \x01(\x0e\x32\x17.sessiond.v1.Durability\x12)\n\townership\x18\x03 \x01(\x0e\x32\x16.sessiond.v1.Ownership\x12\x11\n\tduplicate\x18\x04 \x01(\x08\"\xa6\x01\n\x11ListStatesRequest\x12&\n\x05scope\x18\x01 \x01(\x0b\x32\x17.sessiond.v1.StateScope\x12\x12\n\nkey_prefix\x18\x02 \x01(\t\x12\x11\n\tpage_size\x18\x03 \x01(\r\x12\x12\n\npage_token\x18\x04 \x01(\t\x12\x1b\n\x0e\x61\x63\x63\x65pt_missing\x18\x05 \x01(\rH\x00\x88\x01\x01\x42\x11\n\x0f_accept_missing\"\xd1\x01\n\x12ListStatesResponse\x12)\n\x07headers\x18\x01 \x03(\x0b\x32\x18.sessiond.v1.StateHeader\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12+\n\x07missing\x18\x03 \x03(\x0b\x32\x1a.sessiond.v1.MissingWrites\x12\x1f\n\x04rung\x18\x04 \x01(\x0e\x32\x11.sessiond.v1.Rung\x12)\n\townership\x18\x05 \x01(\x0e\x32\x16.sessiond.v1.Ownership2\xc1\x02\n\x0cStateService\x12G\n\x08GetState\x12\x1c.sessiond.v1.GetStateRequest\x1a\x1d.sessiond.v1.GetStateResponse\x12G\n\x08PutState\x12\x1c.sessiond.v1.PutStateRequest\x1a\x1d.sessiond.v1.PutStateResponse\x12P\n\x0b\x44\x65leteState\x12\x1f.sessiond.v1.DeleteStateRequest\x1a .sessiond.v1.DeleteStateResponse\x12M\n\nListStates\x12\x1e.sessiond.v1.ListStatesRequest\x1a\x1f.sessiond.v1.ListStatesResponseBN\n\x0eio.sessiond.v1P\x01Z:github.com/sessiond/sessiond/gen/go/sessiond/v1;sessiondv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,30 +38,32 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STATEHEADER_LABELSENTRY']._serialized_options = b'8\001'
   _globals['_PUTSTATEREQUEST_LABELSENTRY']._loaded_options = None
   _globals['_PUTSTATEREQUEST_LABELSENTRY']._serialized_options = b'8\001'
-  _globals['_STATESCOPE']._serialized_start=64
-  _globals['_STATESCOPE']._serialized_end=151
-  _globals['_STATEHEADER']._serialized_start=154
-  _globals['_STATEHEADER']._serialized_end=427
-  _globals['_STATEHEADER_LABELSENTRY']._serialized_start=382
-  _globals['_STATEHEADER_LABELSENTRY']._serialized_end=427
-  _globals['_GETSTATEREQUEST']._serialized_start=429
-  _globals['_GETSTATEREQUEST']._serialized_end=522
-  _globals['_GETSTATERESPONSE']._serialized_start=524
-  _globals['_GETSTATERESPONSE']._serialized_end=623
-  _globals['_PUTSTATEREQUEST']._serialized_start=626
-  _globals['_PUTSTATEREQUEST']._serialized_end=953
-  _globals['_PUTSTATEREQUEST_LABELSENTRY']._serialized_start=382
-  _globals['_PUTSTATEREQUEST_LABELSENTRY']._serialized_end=427
-  _globals['_PUTSTATERESPONSE']._serialized_start=955
-  _globals['_PUTSTATERESPONSE']._serialized_end=1034
-  _globals['_DELETESTATEREQUEST']._serialized_start=1037
-  _globals['_DELETESTATEREQUEST']._serialized_end=1225
-  _globals['_DELETESTATERESPONSE']._serialized_start=1227
-  _globals['_DELETESTATERESPONSE']._serialized_end=1265
-  _globals['_LISTSTATESREQUEST']._serialized_start=1267
-  _globals['_LISTSTATESREQUEST']._serialized_end=1385
-  _globals['_LISTSTATESRESPONSE']._serialized_start=1387
-  _globals['_LISTSTATESRESPONSE']._serialized_end=1475
-  _globals['_STATESERVICE']._serialized_start=1478
-  _globals['_STATESERVICE']._serialized_end=1799
+  _globals['_STATESCOPE']._serialized_start=91
+  _globals['_STATESCOPE']._serialized_end=178
+  _globals['_MISSINGWRITES']._serialized_start=180
+  _globals['_MISSINGWRITES']._serialized_end=277
+  _globals['_STATEHEADER']._serialized_start=280
+  _globals['_STATEHEADER']._serialized_end=553
+  _globals['_STATEHEADER_LABELSENTRY']._serialized_start=508
+  _globals['_STATEHEADER_LABELSENTRY']._serialized_end=553
+  _globals['_GETSTATEREQUEST']._serialized_start=555
+  _globals['_GETSTATEREQUEST']._serialized_end=648
+  _globals['_GETSTATERESPONSE']._serialized_start=651
+  _globals['_GETSTATERESPONSE']._serialized_end=871
+  _globals['_PUTSTATEREQUEST']._serialized_start=874
+  _globals['_PUTSTATEREQUEST']._serialized_end=1201
+  _globals['_PUTSTATEREQUEST_LABELSENTRY']._serialized_start=508
+  _globals['_PUTSTATEREQUEST_LABELSENTRY']._serialized_end=553
+  _globals['_PUTSTATERESPONSE']._serialized_start=1203
+  _globals['_PUTSTATERESPONSE']._serialized_end=1325
+  _globals['_DELETESTATEREQUEST']._serialized_start=1328
+  _globals['_DELETESTATEREQUEST']._serialized_end=1516
+  _globals['_DELETESTATERESPONSE']._serialized_start=1519
+  _globals['_DELETESTATERESPONSE']._serialized_end=1664
+  _globals['_LISTSTATESREQUEST']._serialized_start=1667
+  _globals['_LISTSTATESREQUEST']._serialized_end=1833
+  _globals['_LISTSTATESRESPONSE']._serialized_start=1836
+  _globals['_LISTSTATESRESPONSE']._serialized_end=2045
+  _globals['_STATESERVICE']._serialized_start=2048
+  _globals['_STATESERVICE']._serialized_end=2369
 # @@protoc_insertion_point(module_scope)

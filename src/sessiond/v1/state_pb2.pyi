@@ -1,3 +1,4 @@
+from sessiond.v1 import context_pb2 as _context_pb2
 from sessiond.v1 import turn_pb2 as _turn_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
@@ -16,6 +17,16 @@ class StateScope(_message.Message):
     user_id: str
     session_user_id: str
     def __init__(self, session_id: _Optional[str] = ..., user_id: _Optional[str] = ..., session_user_id: _Optional[str] = ...) -> None: ...
+
+class MissingWrites(_message.Message):
+    __slots__ = ("epoch", "after_version", "reason")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    AFTER_VERSION_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    after_version: int
+    reason: _context_pb2.MissingReason
+    def __init__(self, epoch: _Optional[int] = ..., after_version: _Optional[int] = ..., reason: _Optional[_Union[_context_pb2.MissingReason, str]] = ...) -> None: ...
 
 class StateHeader(_message.Message):
     __slots__ = ("key", "version", "size_bytes", "sha256", "media_type", "updated_at_unix_ms", "labels", "durability")
@@ -55,14 +66,20 @@ class GetStateRequest(_message.Message):
     def __init__(self, scope: _Optional[_Union[StateScope, _Mapping]] = ..., key: _Optional[str] = ..., known_version: _Optional[int] = ...) -> None: ...
 
 class GetStateResponse(_message.Message):
-    __slots__ = ("header", "content", "not_modified")
+    __slots__ = ("header", "content", "not_modified", "missing", "rung", "ownership")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     CONTENT_FIELD_NUMBER: _ClassVar[int]
     NOT_MODIFIED_FIELD_NUMBER: _ClassVar[int]
+    MISSING_FIELD_NUMBER: _ClassVar[int]
+    RUNG_FIELD_NUMBER: _ClassVar[int]
+    OWNERSHIP_FIELD_NUMBER: _ClassVar[int]
     header: StateHeader
     content: bytes
     not_modified: bool
-    def __init__(self, header: _Optional[_Union[StateHeader, _Mapping]] = ..., content: _Optional[bytes] = ..., not_modified: _Optional[bool] = ...) -> None: ...
+    missing: _containers.RepeatedCompositeFieldContainer[MissingWrites]
+    rung: _context_pb2.Rung
+    ownership: _context_pb2.Ownership
+    def __init__(self, header: _Optional[_Union[StateHeader, _Mapping]] = ..., content: _Optional[bytes] = ..., not_modified: _Optional[bool] = ..., missing: _Optional[_Iterable[_Union[MissingWrites, _Mapping]]] = ..., rung: _Optional[_Union[_context_pb2.Rung, str]] = ..., ownership: _Optional[_Union[_context_pb2.Ownership, str]] = ...) -> None: ...
 
 class PutStateRequest(_message.Message):
     __slots__ = ("scope", "key", "content", "expected_version", "media_type", "labels", "write_id", "durability")
@@ -92,12 +109,14 @@ class PutStateRequest(_message.Message):
     def __init__(self, scope: _Optional[_Union[StateScope, _Mapping]] = ..., key: _Optional[str] = ..., content: _Optional[bytes] = ..., expected_version: _Optional[int] = ..., media_type: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., write_id: _Optional[str] = ..., durability: _Optional[_Union[_turn_pb2.Durability, str]] = ...) -> None: ...
 
 class PutStateResponse(_message.Message):
-    __slots__ = ("header", "duplicate")
+    __slots__ = ("header", "duplicate", "ownership")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     DUPLICATE_FIELD_NUMBER: _ClassVar[int]
+    OWNERSHIP_FIELD_NUMBER: _ClassVar[int]
     header: StateHeader
     duplicate: bool
-    def __init__(self, header: _Optional[_Union[StateHeader, _Mapping]] = ..., duplicate: _Optional[bool] = ...) -> None: ...
+    ownership: _context_pb2.Ownership
+    def __init__(self, header: _Optional[_Union[StateHeader, _Mapping]] = ..., duplicate: _Optional[bool] = ..., ownership: _Optional[_Union[_context_pb2.Ownership, str]] = ...) -> None: ...
 
 class DeleteStateRequest(_message.Message):
     __slots__ = ("scope", "key", "expected_version", "durability", "write_id")
@@ -114,27 +133,41 @@ class DeleteStateRequest(_message.Message):
     def __init__(self, scope: _Optional[_Union[StateScope, _Mapping]] = ..., key: _Optional[str] = ..., expected_version: _Optional[int] = ..., durability: _Optional[_Union[_turn_pb2.Durability, str]] = ..., write_id: _Optional[str] = ...) -> None: ...
 
 class DeleteStateResponse(_message.Message):
-    __slots__ = ("deleted",)
+    __slots__ = ("deleted", "durability", "ownership", "duplicate")
     DELETED_FIELD_NUMBER: _ClassVar[int]
+    DURABILITY_FIELD_NUMBER: _ClassVar[int]
+    OWNERSHIP_FIELD_NUMBER: _ClassVar[int]
+    DUPLICATE_FIELD_NUMBER: _ClassVar[int]
     deleted: bool
-    def __init__(self, deleted: _Optional[bool] = ...) -> None: ...
+    durability: _turn_pb2.Durability
+    ownership: _context_pb2.Ownership
+    duplicate: bool
+    def __init__(self, deleted: _Optional[bool] = ..., durability: _Optional[_Union[_turn_pb2.Durability, str]] = ..., ownership: _Optional[_Union[_context_pb2.Ownership, str]] = ..., duplicate: _Optional[bool] = ...) -> None: ...
 
 class ListStatesRequest(_message.Message):
-    __slots__ = ("scope", "key_prefix", "page_size", "page_token")
+    __slots__ = ("scope", "key_prefix", "page_size", "page_token", "accept_missing")
     SCOPE_FIELD_NUMBER: _ClassVar[int]
     KEY_PREFIX_FIELD_NUMBER: _ClassVar[int]
     PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
     PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    ACCEPT_MISSING_FIELD_NUMBER: _ClassVar[int]
     scope: StateScope
     key_prefix: str
     page_size: int
     page_token: str
-    def __init__(self, scope: _Optional[_Union[StateScope, _Mapping]] = ..., key_prefix: _Optional[str] = ..., page_size: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
+    accept_missing: int
+    def __init__(self, scope: _Optional[_Union[StateScope, _Mapping]] = ..., key_prefix: _Optional[str] = ..., page_size: _Optional[int] = ..., page_token: _Optional[str] = ..., accept_missing: _Optional[int] = ...) -> None: ...
 
 class ListStatesResponse(_message.Message):
-    __slots__ = ("headers", "next_page_token")
+    __slots__ = ("headers", "next_page_token", "missing", "rung", "ownership")
     HEADERS_FIELD_NUMBER: _ClassVar[int]
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    MISSING_FIELD_NUMBER: _ClassVar[int]
+    RUNG_FIELD_NUMBER: _ClassVar[int]
+    OWNERSHIP_FIELD_NUMBER: _ClassVar[int]
     headers: _containers.RepeatedCompositeFieldContainer[StateHeader]
     next_page_token: str
-    def __init__(self, headers: _Optional[_Iterable[_Union[StateHeader, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
+    missing: _containers.RepeatedCompositeFieldContainer[MissingWrites]
+    rung: _context_pb2.Rung
+    ownership: _context_pb2.Ownership
+    def __init__(self, headers: _Optional[_Iterable[_Union[StateHeader, _Mapping]]] = ..., next_page_token: _Optional[str] = ..., missing: _Optional[_Iterable[_Union[MissingWrites, _Mapping]]] = ..., rung: _Optional[_Union[_context_pb2.Rung, str]] = ..., ownership: _Optional[_Union[_context_pb2.Ownership, str]] = ...) -> None: ...

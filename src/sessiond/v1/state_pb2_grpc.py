@@ -26,7 +26,9 @@ if _version_not_supported:
 
 
 class StateServiceStub:
-    """Blobs that live, fork, expire and die with their session, or with their user.
+    """Blobs that live, fork, expire and die with their session, or with their user. A session has at most 128 of them, and
+    so has a user, of 64 MiB in all. A user's blobs are there as soon as the first is written; no conversation is made
+    for them, and the end of one does not touch them.
     """
 
     def __init__(self, channel):
@@ -58,7 +60,9 @@ class StateServiceStub:
 
 
 class StateServiceServicer:
-    """Blobs that live, fork, expire and die with their session, or with their user.
+    """Blobs that live, fork, expire and die with their session, or with their user. A session has at most 128 of them, and
+    so has a user, of 64 MiB in all. A user's blobs are there as soon as the first is written; no conversation is made
+    for them, and the end of one does not touch them.
     """
 
     def GetState(self, request, context):
@@ -121,7 +125,9 @@ def add_StateServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class StateService:
-    """Blobs that live, fork, expire and die with their session, or with their user.
+    """Blobs that live, fork, expire and die with their session, or with their user. A session has at most 128 of them, and
+    so has a user, of 64 MiB in all. A user's blobs are there as soon as the first is written; no conversation is made
+    for them, and the end of one does not touch them.
     """
 
     @staticmethod

@@ -83,12 +83,18 @@ def orphan_key(h: bytes, epoch: int, first_seq: int, sha256: bytes) -> str:
     return f"o/{h.hex()}/{epoch:08x}-{first_seq:016x}-{sha256.hex()}"
 
 
+def blob_key(h: bytes, version: int, sha256: bytes) -> str:
+    """Key of one version of a blob; names are never used again."""
+    return f"b/{h.hex()}/{version:016x}-{sha256.hex()}"
+
+
 # What the first part of a key says of the object; see DESIGN.md, "The cloud tier and ownership".
 KINDS: Final = {
     BUCKET_KEY: "bucket",
     "m": "manifest",
     "s": "segment",
     "o": "orphan",
+    "b": "blob",
     "u": "user",
     "n": "lease",
     "x": "expiry",
@@ -127,7 +133,9 @@ def refusal(error: StoreError) -> SessiondError:
             remedy="The operator of the node has to renew its credentials or mend the bucket's policy; then try again.",
         )
     if isinstance(error, StoreDamaged):
-        reason = "CORRUPT_SEGMENT" if object_kind(error.key) in ("segment", "index", "orphan") else "CORRUPT_MANIFEST"
+        about = object_kind(error.key)
+        reason = "CORRUPT_SEGMENT" if about in ("segment", "index", "orphan") else "CORRUPT_MANIFEST"
+        reason = "CORRUPT_BLOB" if about == "blob" else reason
         what = f"The object {error.key} is damaged: {error.detail}."
         return Corrupt(reason, what, where, remedy=RESTORE if error.key == BUCKET_KEY else "")
     if isinstance(error, BucketMissing):

@@ -18,12 +18,15 @@ Tables (keys are bytes; h is a session's 16-byte hash; integers in keys are big-
     manifests    h                          -> the manifest as last committed, without payload, state and turn ids
     users        tenant (16), user (16),
                  created ms (8), h          -> session id: the sessions of a user by age
+    states       h                          -> what is known of all blobs of a session together
+                 h, key (1 to 256)          -> one blob without its content, see core/blobs.py
+    blobs        h, version (8)             -> a blob's content, where it is not in the cloud tier only
     dirty        h                          -> when the session got turns that the cloud tier lacks, ms (8); then 1 if
                                                its newest exchange waits for an answer
 
-Every value starts with CRC32C(h, table name, rest) in 4 bytes, but turns, whose frames carry their own; dirty, which
-only says when to look; format and store, which are compared as a whole; and opened, which nobody reads. Incarnation is
-checked with an empty h.
+Every value starts with CRC32C(h, table name, rest) in 4 bytes, but turns, whose frames carry their own; blobs, whose
+sha256 is in states; dirty, which only says when to look; format and store, which are compared as a whole; and opened,
+which nobody reads. Incarnation is checked with an empty h.
 
 The file is always at least as long as its newest page, and kept allocated somewhat beyond (Environment._reserve). So a
 file that is shorter was truncated by somebody, which is refused: a page of the map that the file has lost ends the
@@ -59,7 +62,9 @@ META_FORMAT: Final = b"format"
 META_INCARNATION: Final = b"incarnation"
 META_STORE: Final = b"store"
 META_OPENED: Final = b"opened"
-TABLES: Final = ("meta", "heads", "turns", "ids", "checkpoints", "manifests", "users", "dirty")
+TABLES: Final = ("meta", "heads", "turns", "ids", "checkpoints", "manifests", "users", "dirty", "states", "blobs")
+# Tables that an environment of an older release lacks until it is opened to be written.
+LATER_TABLES: Final = frozenset({"states", "blobs"})
 # Appends are refused above this share of the map; the rest is for flush and evict.
 MAP_USED_MAX: Final = 0.85
 # A queue longer than this means that the disk does not keep up.
@@ -130,6 +135,21 @@ class Transaction:
     def entries(self, table: str) -> int:
         """How many keys the table has."""
         return int(self.lmdb.stat(self.tables[table])["entries"])
+
+
+class _Older(Transaction):
+    """A read transaction of an environment in which tables are missing: there is nothing in them."""
+
+    __slots__ = ()
+
+    def get(self, table: str, key: bytes) -> Any:
+        return super().get(table, key) if table in self.tables else None
+
+    def scan(self, table: str, prefix: bytes, start: bytes = b"") -> Iterator[tuple[bytes, Any]]:
+        return super().scan(table, prefix, start) if table in self.tables else iter(())
+
+    def entries(self, table: str) -> int:
+        return super().entries(table) if table in self.tables else 0
 
 
 class _Work:
@@ -572,7 +592,13 @@ class Reader:
                 _check_length(self._env, file, path)
             finally:
                 os.close(file)
-            self._tables = {name: self._env.open_db(name.encode(), create=False) for name in TABLES}
+            self._tables = {}
+            for name in TABLES:
+                try:
+                    self._tables[name] = self._env.open_db(name.encode(), create=False)
+                except lmdb.NotFoundError:
+                    if name not in LATER_TABLES:
+                        raise
             with self.read() as transaction:
                 self.incarnation = _incarnation(transaction, path)
         except (OSError, lmdb.Error) as error:
@@ -592,7 +618,7 @@ class Reader:
         """A read transaction, as Environment.read."""
         raw = self._env.begin(buffers=True)
         try:
-            yield Transaction(raw, self._tables)
+            yield (Transaction if len(self._tables) == len(TABLES) else _Older)(raw, self._tables)
         finally:
             raw.abort()
 

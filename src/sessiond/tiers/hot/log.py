@@ -758,7 +758,7 @@ def doubt_owned(transaction: Transaction, start: bytes, limit: int) -> bytes | N
 
 def drop_rows(transaction: Transaction, h: bytes) -> None:
     """Remove every row of a session but its head."""
-    for table in ("turns", "ids", "checkpoints", "manifests"):
+    for table in ("turns", "ids", "checkpoints", "manifests", "states", "blobs"):
         for key in [key for key, _ in transaction.scan(table, h)]:
             transaction.delete(table, key)
 

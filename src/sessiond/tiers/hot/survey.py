@@ -34,7 +34,7 @@ from sessiond.core import state as states
 from sessiond.core.layout import FRAME_TAG
 from sessiond.core.manifest import LIFECYCLE_DELETED, TURN_ID_ENTRY_BYTES, TURN_IDS_MAX
 from sessiond.errors import Corrupt
-from sessiond.tiers.hot import log
+from sessiond.tiers.hot import blobs, log
 from sessiond.tiers.hot.datafile import DATA_FILE, alone, file_damage
 from sessiond.tiers.hot.environment import Reader, Transaction
 from sessiond.tiers.hot.rows import (
@@ -52,7 +52,7 @@ from sessiond.tiers.hot.rows import (
 )
 
 # Tables whose keys begin with a session's hash.
-SESSION_TABLES: Final = ("heads", "turns", "ids", "checkpoints", "manifests", "dirty")
+SESSION_TABLES: Final = ("heads", "turns", "ids", "checkpoints", "manifests", "dirty", "states", "blobs")
 # Sessions looked at in one read transaction: a long one would keep a live daemon from using pages again.
 BATCH_SESSIONS: Final = 500
 # A damaged tree can lead LMDB round in circles: a survey that says nothing for so long is taken for that.
@@ -223,7 +223,7 @@ def _batch(transaction: Transaction, start: bytes, found: Survey) -> bytes | Non
 
 def hashes(transaction: Transaction, start: bytes = b"") -> Iterator[bytes]:
     """Every session with a row in any table, ascending, from `start` on; keys that are none are cut or padded."""
-    cursors = [transaction.cursor(table) for table in SESSION_TABLES]
+    cursors = [transaction.cursor(table) for table in SESSION_TABLES if table in transaction.tables]
     due = start
     while True:
         standing = [bytes(cursor.key())[:16] for cursor in cursors if cursor.set_range(due)]
@@ -292,6 +292,7 @@ def _damaged_rows(transaction: Transaction, h: bytes, head: Head | None) -> Iter
                 yield f"the checkpoint {version} holds another version"
     except Corrupt as error:
         yield error.message
+    yield from blobs.damage(transaction, h)
     committed = transaction.get("manifests", h) if len(h) == 16 else None
     if committed is not None or held:
         try:
