@@ -27,6 +27,7 @@ from sessiond.service.ownership import Ownership, Parts
 from sessiond.service.rescue import Rescues
 from sessiond.service.router import Router
 from sessiond.service.sessions import Sessions
+from sessiond.service.states import States
 from sessiond.service.watch import Watches
 from sessiond.tiers.cloud.bucket import open_bucket
 from sessiond.tiers.cloud.counting import CountingStore
@@ -45,7 +46,7 @@ from sessiond.tiers.upkeep import Upkeep
 from sessiond.tokens import Tokenizer
 from sessiond.transport.peers import Credentials, PeerChannels, node_key
 from sessiond.transport.server import TENANT, Server
-from sessiond.v1 import admin_pb2, session_pb2
+from sessiond.v1 import admin_pb2, session_pb2, state_pb2
 
 log = structlog.get_logger("sessiond")
 
@@ -237,8 +238,12 @@ class Daemon:
         node.answered_for_others = lambda: server.answered_for_others
         node.watches = watches
         server.serve(sessions, node, router, credentials, rescues.apply, hot.incarnation, watches)
-        forks = Forks(parts, ownership, sessions)
+        forks, states = Forks(parts, ownership, sessions), States(parts, ownership)
         server.also_serve("ForkSession", session_pb2.ForkSessionRequest, forks.fork)
+        server.also_serve("GetState", state_pb2.GetStateRequest, states.get)
+        server.also_serve("PutState", state_pb2.PutStateRequest, states.put)
+        server.also_serve("DeleteState", state_pb2.DeleteStateRequest, states.delete)
+        server.also_serve("ListStates", state_pb2.ListStatesRequest, states.list_states)
         self._rescuing = asyncio.create_task(rescues.run())
         self._conditions = {
             telemetry.CLOUD_TIER_AWAY: lambda: not node.cloud_answers,

@@ -57,6 +57,7 @@ from sessiond.service.prepare import (
 )
 from sessiond.tiers.cloud.bucket import refusal
 from sessiond.tiers.cloud.store import StoreError
+from sessiond.tiers.hot import blobs as hot_blobs
 from sessiond.tiers.hot import log
 from sessiond.tiers.hot.environment import Environment, Transaction
 from sessiond.tiers.hot.rows import (
@@ -512,9 +513,10 @@ class Sessions:
                 return
             if accepted:
                 kept = [[*row[:3], 1] if settled(row) else row for row in head.loss]
+                of_blobs = hot_blobs.accept_loss(transaction, h, settled)
             else:
-                kept = [row for row in head.loss if not settled(row)]
-            if kept != head.loss:
+                kept, of_blobs = [row for row in head.loss if not settled(row)], False
+            if kept != head.loss or of_blobs:
                 head.loss = kept
                 head.changes += 1
                 log.write_head(transaction, h, head, now_ms)
