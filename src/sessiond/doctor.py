@@ -67,7 +67,7 @@ DAEMON_WAIT_S: Final = 3.0
 # Renewals stamped by clocks this far apart still make sense to whoever reads the objects' dates.
 CLOCK_APART_MS: Final = 30_000
 # What lies under these is the only copy of history.
-HISTORY: Final = ("m/", "s/", "o/")
+HISTORY: Final = ("m/", "s/", "o/", "b/")
 # Without these a session is not found again: by its name, by its user, or by the day on which it expires.
 NAMES: Final = (BUCKET_KEY, "u/", "x/")
 LEASES: Final = "n/"

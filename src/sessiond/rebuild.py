@@ -19,12 +19,13 @@ from typing import Any, Final
 
 from sessiond import offline
 from sessiond.config import Settings
+from sessiond.core.blobs import equals
 from sessiond.core.manifest import LIFECYCLE_DELETED, Manifest
 from sessiond.errors import Denied, NotFound, SessiondError
 from sessiond.service.ownership import REASON_LOST
 from sessiond.tiers.cloud.bucket import Bucket
 from sessiond.tiers.cloud.store import ObjectStore
-from sessiond.tiers.hot import log
+from sessiond.tiers.hot import blobs, log
 from sessiond.tiers.hot.datafile import require_unused
 from sessiond.tiers.hot.environment import Environment, Reader
 from sessiond.tiers.hot.rows import DURABILITY_CLOUD, PHASE_CLAIMING, PHASE_OWNED
@@ -267,6 +268,8 @@ class _Filling:
         if self._old is not None and manifest.owner[0] == self._old.incarnation:
             with self._old.read() as transaction:
                 head = log.read_head(transaction, manifest.h)
-            if head is not None and head.epoch == manifest.epoch and head.head_seq <= manifest.head:
+                ledger = blobs.read_ledger(transaction, manifest.h)
+            flushed = head is not None and head.head_seq <= manifest.head
+            if head is not None and head.epoch == manifest.epoch and flushed and equals(ledger, manifest.state_keys):
                 return None  # the old rows are there to tell: nothing was acknowledged behind the manifest
         return [manifest.epoch, manifest.head, REASON_LOST, 0]

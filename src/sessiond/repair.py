@@ -1,7 +1,7 @@
 """`sessiond repair`: moves what is damaged aside, so that the rest works again, and says what it moved.
 
 It promises that a durable copy exists before anything is removed, that what is sound is left alone, and that manifests,
-segments and orphans are never touched: those have no other source, so they are only named, with what to do.
+segments, orphans and blobs are never touched: those have no other source, so they are only named, with what to do.
 
 1. A hot tier that can't be trusted as a whole: its folder is renamed to `hot.aside-<UTC>`.
 2. A session whose rows are damaged: all of them go into one file `data_dir/aside/<UTC>-<hash>.rows`, then out of LMDB.
@@ -28,11 +28,13 @@ import msgpack
 
 from sessiond import core, offline
 from sessiond.config import Settings
-from sessiond.core import envelope
+from sessiond.core import blobs as blob_rules
+from sessiond.core import envelope, rules
 from sessiond.core import state as states
 from sessiond.core.expiry import day_of
 from sessiond.core.manifest import LIFECYCLE_ACTIVE, LIFECYCLE_DELETED, Manifest
 from sessiond.errors import Corrupt, SessiondError, Unavailable
+from sessiond.tiers.blobs import fetch, object_key
 from sessiond.tiers.cloud.bucket import Bucket, lease_key, manifest_key, start_refusal
 from sessiond.tiers.cloud.lease import STANDSTILL_LEASES
 from sessiond.tiers.cloud.store import ObjectNotFound, ObjectStore, StoreError
@@ -427,6 +429,18 @@ class _Cloud:
                     self._hurt_object(error, manifest)
         except Corrupt as error:
             self._hurt_object(error, manifest)
+        self._look_at_blobs(manifest)
+
+    def _look_at_blobs(self, manifest: Manifest) -> None:
+        for row in blob_rules.rows(manifest.state_keys):
+            try:
+                fetch(self._store, manifest.h, row)
+            except Corrupt as error:
+                remedy = (
+                    f"Restore this object from an older version or a backup, or write the blob {row[0]!r} of session"
+                    f" {manifest.session!r} again; everything else of it can be read."
+                )
+                self._hurt(object_key(manifest.h, row), error, remedy)
 
     def _hurt_object(self, error: Corrupt, manifest: Manifest) -> None:
         remedy = (
@@ -464,6 +478,8 @@ class _Cloud:
 
     def _index_rows(self, manifest: Manifest) -> dict[str, bytes]:
         """The rows of the indexes that a session must have, by key."""
+        if rules.is_hidden(manifest.session):
+            return {}
         created_ms = int(manifest.birth["created_ms"])
         by_user = self._bucket.user_index_key(manifest.tenant, manifest.user, created_ms, manifest.h)
         rows = {by_user: user_index_object(manifest)}

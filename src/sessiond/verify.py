@@ -16,17 +16,19 @@ from itertools import groupby
 from typing import Any
 
 from sessiond.config import Settings
+from sessiond.core import blobs as blob_rules
 from sessiond.core import envelope, forks, invariants, rules
 from sessiond.core.expiry import day_of
 from sessiond.core.invariants import HotView, View
 from sessiond.core.manifest import LIFECYCLE_ACTIVE, LIFECYCLE_ARCHIVED, LIFECYCLE_DELETED, Manifest
 from sessiond.errors import Corrupt, NotFound, SessiondError
+from sessiond.tiers.blobs import fetch, object_key
 from sessiond.tiers.cloud.bucket import Bucket, manifest_key, open_bucket, start_refusal
 from sessiond.tiers.cloud.fit import PASSED_KEY
 from sessiond.tiers.cloud.open import open_configured
 from sessiond.tiers.cloud.store import Listed, ObjectNotFound, ObjectStore, StoreError
 from sessiond.tiers.compact import replaced, row_key
-from sessiond.tiers.hot import log
+from sessiond.tiers.hot import blobs, log
 from sessiond.tiers.hot.environment import Reader
 from sessiond.tiers.hot.rows import (
     PHASE_OWNED,
@@ -129,6 +131,11 @@ class _Objects:
 
     segments: list[Listed] = field(default_factory=list)
     orphans: list[Listed] = field(default_factory=list)
+    blobs: list[Listed] = field(default_factory=list)
+
+    def all(self) -> list[Listed]:
+        """All of them."""
+        return [*self.segments, *self.orphans, *self.blobs]
 
 
 class _Checker:
@@ -163,6 +170,7 @@ class _Checker:
             ((h, 1, nothing) for h, _ in self._grouped("m/")),
             ((h, 2, rows) for h, rows in self._grouped("s/")),
             ((h, 3, rows) for h, rows in self._grouped("o/")),
+            ((h, 4, rows) for h, rows in self._grouped("b/")),
         )
         for h, found in groupby(heapq.merge(*sources, key=lambda row: row[0]), key=lambda row: row[0]):
             objects = _Objects()
@@ -171,6 +179,8 @@ class _Checker:
                     objects.segments += rows
                 elif source == 3:
                     objects.orphans += rows
+                elif source == 4:
+                    objects.blobs += rows
             yield h, objects
 
     def _hot_hashes(self) -> Iterator[bytes]:
@@ -207,7 +217,7 @@ class _Checker:
             start_after = rows[-1].key
 
     def _objects(self, h: bytes) -> _Objects:
-        return _Objects(list(self._listed(f"s/{h.hex()}/")), list(self._listed(f"o/{h.hex()}/")))
+        return _Objects(*(list(self._listed(f"{first}/{h.hex()}/")) for first in "sob"))
 
     def _get(self, key: str) -> bytes | None:
         try:
@@ -232,7 +242,7 @@ class _Checker:
                 time.sleep(READ_AGAIN_WAIT_S)
                 objects = self._objects(h)
         report = self._report
-        report.checked += 1
+        report.checked += not rules.is_hidden(name or "")
         report.add(name or h.hex(), violations)
         report.archived += self._lifecycle == LIFECYCLE_ARCHIVED
         report.deleted += self._lifecycle == LIFECYCLE_DELETED
@@ -270,6 +280,7 @@ class _Checker:
         if cloud is not None:
             self._read_cloud(cloud, unreadable, pieces, checked)
             self._read_orphans(cloud, unreadable)
+            self._read_blobs(cloud, unreadable)
             self._count(cloud, objects)
             unlisted = [*self._unlisted(cloud, unreadable), *self._unpinned(cloud, unreadable)]
         turns = [turn for piece in pieces for turn in self._turns(h, piece, unreadable)]
@@ -314,8 +325,7 @@ class _Checker:
         if head is None or head.lifecycle != LIFECYCLE_DELETED:
             # What forks name stays for as long as they do.
             pinned_seq = forks.pinned_seq(tombstone.pins)
-            left = [row.key for row in objects.segments if not 0 < first_seq_of(row.key) <= pinned_seq]
-            left += [row.key for row in objects.orphans]
+            left = [row.key for row in objects.all() if not 0 < first_seq_of(row.key) <= pinned_seq]
             left_over += [f"the object {key} is left" for key in left]
             key = self._user_key(tombstone)
             if self._get(key) is not None:
@@ -353,6 +363,8 @@ class _Checker:
             yield f"the node released it at turn {left.head_seq} and the cloud tier has no manifest of it"
         if objects.segments:
             yield "the cloud tier has segments without a manifest"
+        if objects.blobs:
+            yield "the cloud tier has blobs without a manifest"
 
     def _turns(self, h: bytes, frames: bytes, unreadable: list[str]) -> list[invariants.Turn]:
         try:
@@ -375,7 +387,7 @@ class _Checker:
             view.is_dirty, view.has_dirty_row = head.is_dirty, transaction.get("dirty", h) is not None
             tenant, user = self._bucket.tenant_hash(head.tenant), self._bucket.user_hash(head.tenant, head.user)
             listed = transaction.get("users", user_key(tenant, user, head.created_ms, h))
-            view.is_listed = listed is not None
+            view.is_listed = listed is not None or rules.is_hidden(head.session)
             base: Manifest | None = None
             pieces: list[bytes] = []
             try:
@@ -389,6 +401,8 @@ class _Checker:
                 view.turn_ids = log.turn_ids(transaction, h)
                 stored = transaction.get("manifests", h)
                 base = decode_committed(h, stored) if stored is not None else None
+                view.ledger, view.blobs = blobs.read_ledger(transaction, h), dict(blobs.read_blobs(transaction, h))
+                view.blobs_committed = base.state_keys if base is not None else {}
             except SessiondError as error:
                 # Most of it was told above, by row.
                 if not wrong:
@@ -425,6 +439,14 @@ class _Checker:
             except Corrupt as error:
                 unreadable.append(error.message)
 
+    def _read_blobs(self, manifest: Manifest, unreadable: list[str]) -> None:
+        """The objects of all blobs that the manifest names."""
+        for row in blob_rules.rows(manifest.state_keys):
+            try:
+                fetch(self._store, manifest.h, row)
+            except Corrupt as error:
+                unreadable.append(error.message)
+
     def _count(self, manifest: Manifest, objects: _Objects) -> None:
         """Objects of a session that its manifest does not name: a crash came between object and manifest."""
         try:
@@ -432,9 +454,10 @@ class _Checker:
         except SessiondError:
             return  # told already; what can't be read names nothing
         named |= {str(row[0]) for row in manifest.orphans} | {str(row[0]) for row in replaced(manifest)}
+        named |= {object_key(manifest.h, row) for row in blob_rules.rows(manifest.state_keys)}
         if manifest.index is not None:
             named.add(str(manifest.index[0]))
-        stray = [row for row in (*objects.segments, *objects.orphans) if row.key not in named]
+        stray = [row for row in objects.all() if row.key not in named]
         self._stray = (len(stray), sum(row.size_bytes for row in stray))
 
     def _user_key(self, manifest: Manifest) -> str:
@@ -443,6 +466,8 @@ class _Checker:
 
     def _unlisted(self, manifest: Manifest, unreadable: list[str]) -> Iterator[str]:
         """Rows of the indexes that this manifest needs."""
+        if rules.is_hidden(manifest.session):
+            return
         wanted = [(self._user_key(manifest), envelope.KIND_USER_INDEX, "the index by user lacks it")]
         if manifest.expires_ms and manifest.lifecycle == LIFECYCLE_ACTIVE:
             day = day_of(manifest.expires_ms)

@@ -140,6 +140,10 @@ def decode_object(stored: bytes, name: str, bodies: bool) -> dict[str, Any]:
         cut = int(meta.get("kept_bytes", 0))
         decoded["kept_frames"] = _frames(h, payload[:cut], bodies)
         decoded["inline_frames"] = _frames(h, payload[cut:], bodies)
+    elif kind == envelope.KIND_STATE_BLOB:
+        decoded["content_bytes"] = len(payload)
+        if bodies:
+            decoded["content"] = payload.decode(errors="replace")
     elif kind == envelope.KIND_ROWS and isinstance(h, bytes):
         decoded["rows"] = _aside_rows(h, payload, bodies)
     elif payload and isinstance(h, bytes):
@@ -151,6 +155,7 @@ def decode_object(stored: bytes, name: str, bodies: bool) -> dict[str, Any]:
 
 def _aside_rows(h: bytes, payload: bytes, bodies: bool) -> list[dict[str, Any]]:
     """The rows of a session that repair moved aside, each as far as it verifies."""
+    from sessiond.tiers.hot.blobs import blob_of_row, ledger_of_row
     from sessiond.tiers.hot.rows import decode_committed, decode_head, unwrap
     from sessiond.tiers.hot.survey import read_rows
 
@@ -173,6 +178,11 @@ def _aside_rows(h: bytes, payload: bytes, bodies: bool) -> list[dict[str, Any]]:
                     from sessiond.core.manifest import encode_meta
 
                     row["manifest"] = _readable_meta(encode_meta(decode_committed(h, value)), bodies)
+                elif table == "states" and len(key) > len(h):
+                    row["blob"] = {"key": key[len(h) :].decode(errors="replace")}
+                    row["blob"].update(_blob(blob_of_row(h, value), bodies))
+                elif table == "states":
+                    row["writes"] = _writes(ledger_of_row(h, value).writes)
                 elif table == "users":
                     row["session"] = unwrap(h, table, value).decode(errors="replace")
             except SessiondError as error:
@@ -209,6 +219,8 @@ def _readable_meta(meta: dict[str, Any], bodies: bool) -> dict[str, Any]:
             readable[name] = [{"version": _version(v), "state": _state(state, bodies)} for v, state in value]
         elif name == "turn_ids" and isinstance(value, bytes):
             readable[name] = _turn_ids(value)
+        elif name == "state_keys" and isinstance(value, dict) and value:
+            readable[name] = _state_keys(value, bodies)
         elif name == "birth" and isinstance(value, dict):
             readable[name] = {**value, "metadata": _withheld(value.get("metadata", {}), bodies)}
         else:
@@ -264,6 +276,45 @@ def _turn_ids(entries: bytes) -> list[dict[str, Any]]:
             "body_digest_start": entries[at + 8 : at + 16].hex(),
         }
         for at in range(0, len(entries), 24)
+    ]
+
+
+def _state_keys(state_keys: dict[str, Any], bodies: bool) -> dict[str, Any]:
+    """What a manifest says of blobs."""
+    from sessiond.core import blobs
+
+    rows = [
+        {
+            "key": row[0],
+            **_blob(blobs.blob_of(row), bodies),
+            "object_sha256": bytes(row[7]).hex(),
+            "stored_bytes": row[8],
+        }
+        for row in blobs.rows(state_keys)
+    ]
+    writes = _writes(bytes(state_keys.get("writes", b"")))
+    return {**_readable(state_keys), "rows": rows, "writes": writes}
+
+
+def _blob(blob: Any, bodies: bool) -> dict[str, Any]:
+    return {
+        "version": _version(blob.version),
+        "size": blob.size,
+        "sha256": blob.sha256.hex(),
+        "media_type": blob.media_type,
+        "updated_ms": blob.updated_ms,
+        "labels": _withheld(blob.labels, bodies),
+    }
+
+
+def _writes(entries: bytes) -> list[dict[str, Any]]:
+    return [
+        {
+            "write_id_hash": entries[at : at + 8].hex(),
+            "version": _version(int.from_bytes(entries[at + 24 : at + 32], "big")),
+            "time_unix_ms": int.from_bytes(entries[at + 32 : at + 40], "big"),
+        }
+        for at in range(0, len(entries), 40)
     ]
 
 
@@ -385,8 +436,9 @@ def _hot_session(loaded: Settings, session: str, bodies: bool) -> dict[str, Any]
 def _hot_rows(transaction: Any, h: bytes, head: Any, bodies: bool) -> dict[str, Any]:
     import msgspec
 
+    from sessiond.core.blobs import Ledger
     from sessiond.core.manifest import encode_meta
-    from sessiond.tiers.hot import log
+    from sessiond.tiers.hot import blobs, log
     from sessiond.tiers.hot.rows import decode_committed
 
     def guarded(work: Any) -> Any:
@@ -415,6 +467,13 @@ def _hot_rows(transaction: Any, h: bytes, head: Any, bodies: bool) -> dict[str, 
         if committed is not None
         else None,
         "rows": rows,
+        "blobs": guarded(
+            lambda: [
+                {"key": key, **_blob(blob, bodies), "hot": blobs.read_content(transaction, h, blob.version) is not None}
+                for key, blob in blobs.read_blobs(transaction, h)
+            ]
+        ),
+        "writes": guarded(lambda: _writes((blobs.read_ledger(transaction, h) or Ledger()).writes)),
         "turn_ids": guarded(lambda: _turn_ids(log.turn_ids(transaction, h))),
         "checkpoints": guarded(
             lambda: [

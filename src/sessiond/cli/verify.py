@@ -10,7 +10,7 @@ import click
 from sessiond.cli import exits, output, settings
 
 # What repair never touches: it has no other source.
-_HISTORY: Final = re.compile(r"\b[mso]/[0-9a-f]{32}|\b(manifest|segment|orphan)\b")
+_HISTORY: Final = re.compile(r"\b[msob]/[0-9a-f]{32}|\b(manifest|segment|orphan)\b")
 
 
 @click.command()

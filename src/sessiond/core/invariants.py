@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Any, Final
 
 from sessiond import core
-from sessiond.core import rules
+from sessiond.core import blobs, rules
 from sessiond.core import state as states
 from sessiond.core.layout import (
     BODY_DERIVED,
@@ -71,6 +71,10 @@ class HotView:
     is_dirty: bool = False
     has_dirty_row: bool = False
     is_listed: bool = True
+    # Its blobs: all together, each by its key, and what the manifest said of them that it committed last.
+    ledger: blobs.Ledger | None = None
+    blobs: dict[str, blobs.Blob] = field(default_factory=dict)
+    blobs_committed: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -106,6 +110,8 @@ def i1_acked_turns_are_there(view: View) -> Iterator[str]:
     hot = view.hot
     if hot is not None and hot.owned and hot.is_dirty and not hot.has_dirty_row:
         yield f"turns {hot.cloud_seq + 1} to {hot.head_seq} are not flushed and no row has the flusher look at them"
+    if hot is not None and hot.owned and not hot.is_dirty and not blobs.equals(hot.ledger, hot.blobs_committed):
+        yield "blobs were written that are not flushed, and nothing says so"
 
 
 def i2_cloud_seq_is_in_the_cloud(view: View) -> Iterator[str]:
@@ -118,6 +124,11 @@ def i2_cloud_seq_is_in_the_cloud(view: View) -> Iterator[str]:
         yield "the node owns it and the cloud tier has no manifest of it"
     elif view.cloud.epoch == view.hot.epoch and view.cloud.head < view.hot.cloud_seq:
         yield f"the node counts turn {view.hot.cloud_seq} as committed and the manifest ends at turn {view.cloud.head}"
+    elif view.cloud.epoch == view.hot.epoch and blobs.last_of(view.cloud.state_keys) < blobs.last_of(
+        view.hot.blobs_committed
+    ):
+        counted, found = blobs.last_of(view.hot.blobs_committed), blobs.last_of(view.cloud.state_keys)
+        yield f"the node counts blobs up to version {counted} as committed and the manifest knows version {found}"
 
 
 def i3_turn_ids_are_unique(view: View) -> Iterator[str]:
@@ -177,6 +188,20 @@ def i4_log_is_gap_free(view: View) -> Iterator[str]:
         sealed = view.cloud.sealed_seq
         if view.cloud.inline_first > sealed + 1:
             yield f"turns {sealed + 1} to {view.cloud.inline_first - 1} are neither in a segment nor in the manifest"
+    yield from _blobs_agree(view)
+
+
+def _blobs_agree(view: View) -> Iterator[str]:
+    """The node that owns a session went on from the blobs that the manifest has."""
+    hot, cloud = view.hot, view.cloud
+    if hot is None or cloud is None or not hot.ours:
+        return
+    if not blobs.continues(hot.ledger, cloud.state_keys):
+        yield "the manifest has writes of blobs that the node which made it does not know"
+    committed = {int(row[1]): (str(row[0]), bytes(row[3])) for row in blobs.rows(cloud.state_keys)}
+    for key, blob in hot.blobs.items():
+        if committed.get(blob.version, (key, blob.sha256)) != (key, blob.sha256):
+            yield f"version {blob.version} of the blob {key!r} is another one in the cloud tier"
 
 
 def i5_epochs_rise(view: View) -> Iterator[str]:
@@ -193,6 +218,9 @@ def i5_epochs_rise(view: View) -> Iterator[str]:
     late = [row for row in view.cloud.segments if row[0] > view.cloud.epoch and not row[8]]
     if late:
         yield f"the segment of turns {late[0][1]} to {late[0][2]} is of epoch {late[0][0]}, after the manifest's"
+    for row in blobs.rows(view.cloud.state_keys):
+        if int(row[1]) >> 32 > view.cloud.epoch:
+            yield f"the blob {row[0]!r} is of epoch {int(row[1]) >> 32}, after the manifest's"
     begins = sorted((int(row[2]), int(row[0])) for row in view.cloud.epochs)
     firsts = {epoch: first for first, epoch in begins}
     for turn in view.log:
@@ -217,7 +245,7 @@ def i6_fenced_nodes_own_nothing(view: View) -> Iterator[str]:
 
 
 def i7_versions_rise(view: View) -> Iterator[str]:
-    """Stored checkpoints have strictly rising versions, and each is the version of its own content."""
+    """Stored checkpoints have rising versions, each that of its own content; no blob has another one's version."""
     for where, saved in checkpoint_lists(view):
         versions = [version for version, _ in saved]
         if versions != sorted(set(versions)):
@@ -226,6 +254,11 @@ def i7_versions_rise(view: View) -> Iterator[str]:
             state = states.decode(content)
             if state.boundary[0] << 32 | state.boundary[1] != version or state.cursor != version & 0xFFFFFFFF:
                 yield f"the {where}'s checkpoint {version} holds another version"
+    for where, last, given in blob_lists(view):
+        if len(given) != len(set(given)):
+            yield f"the {where} gives the same version to several blobs"
+        if given and max(given) > last:
+            yield f"the {where} has a blob of version {max(given)}, and the newest that was given out is {last}"
 
 
 def i9_listings_are_whole(view: View) -> Iterator[str]:
@@ -256,6 +289,8 @@ def i13_deleted_stay_deleted(view: View) -> Iterator[str]:
         yield "its tombstone has an owner"
     if cloud.segments or cloud.index or cloud.orphans or cloud.payload or cloud.state or cloud.checkpoints:
         yield "its tombstone still has turns, segments or a state"
+    if cloud.state_keys:
+        yield "its tombstone still names blobs"
 
 
 def i14_sizes_are_bounded(view: View) -> Iterator[str]:
@@ -277,6 +312,18 @@ def i14_sizes_are_bounded(view: View) -> Iterator[str]:
             or view.cloud.kept_bytes > KEPT_BYTES_MAX
         ):
             yield f"the manifest carries {len(view.cloud.payload)} bytes of turns"
+    for where, ledger in (
+        ("hot tier", view.hot.ledger if view.hot is not None else None),
+        ("manifest", blobs.ledger_of(view.cloud.state_keys) if view.cloud is not None else None),
+    ):
+        if ledger is None:
+            continue
+        if ledger.keys > blobs.KEYS_MAX or ledger.content_bytes > blobs.TOTAL_BYTES_MAX:
+            yield f"the {where} has {ledger.keys} blobs of {ledger.content_bytes} bytes"
+        if ledger.header_bytes > blobs.HEADER_BYTES_MAX:
+            yield f"the {where} has {ledger.header_bytes} bytes of keys, media types and labels"
+        if len(ledger.writes) > blobs.WRITES_MAX * blobs.WRITE_BYTES or len(ledger.writes) % blobs.WRITE_BYTES:
+            yield f"the {where} remembers {len(ledger.writes)} bytes of writes"
 
 
 def i16_windows_fit(view: View) -> Iterator[str]:
@@ -372,6 +419,18 @@ def checkpoint_lists(view: View) -> list[tuple[str, list[tuple[int, bytes]]]]:
         lists.append(("hot tier", view.hot.checkpoints))
     if view.cloud is not None:
         lists.append(("manifest", [(int(version), bytes(content)) for version, content in view.cloud.checkpoints]))
+    return lists
+
+
+def blob_lists(view: View) -> list[tuple[str, int, list[int]]]:
+    """(where, newest version given out, versions of the blobs) of every stored list of blobs."""
+    lists = []
+    if view.hot is not None:
+        last = view.hot.ledger.last if view.hot.ledger is not None else 0
+        lists.append(("hot tier", last, [blob.version for blob in view.hot.blobs.values()]))
+    if view.cloud is not None:
+        keys = view.cloud.state_keys
+        lists.append(("manifest", blobs.last_of(keys), [int(row[1]) for row in blobs.rows(keys)]))
     return lists
 
 

@@ -53,8 +53,11 @@ class Written:
 def read_ledger(transaction: Transaction, h: bytes) -> Ledger | None:
     """What is known of all blobs of a session; None if it never had any. Raises Corrupt."""
     value = transaction.get("states", h)
-    if value is None:
-        return None
+    return None if value is None else ledger_of_row(h, value)
+
+
+def ledger_of_row(h: bytes, value: Any) -> Ledger:
+    """The ledger in a row of the table states. Raises Corrupt."""
     places = _unpacked(h, value)
     return Ledger(int(places[0]), bytes(places[1]), [list(row) for row in places[2]], *map(int, places[3:6]))
 
@@ -76,14 +79,15 @@ def _unpacked(h: bytes, value: Any) -> list[Any]:
     return places
 
 
-def _blob(h: bytes, value: Any) -> Blob:
+def blob_of_row(h: bytes, value: Any) -> Blob:
+    """The blob in a row of the table states. Raises Corrupt."""
     return Blob._make(_unpacked(h, value)[: len(Blob._fields)])
 
 
 def read_blob(transaction: Transaction, h: bytes, key: str) -> Blob | None:
     """One blob without its content; None if there is none of this key. Raises Corrupt."""
     value = transaction.get("states", h + key.encode())
-    return None if value is None else _blob(h, value)
+    return None if value is None else blob_of_row(h, value)
 
 
 def read_blobs(transaction: Transaction, h: bytes, prefix: str = "", after: str | None = None) -> Iterator[Any]:
@@ -91,7 +95,7 @@ def read_blobs(transaction: Transaction, h: bytes, prefix: str = "", after: str 
     # The ledger's key is the hash alone, and comes first.
     start = h + b"\0" if after is None else h + after.encode() + b"\0"
     for key, value in transaction.scan("states", h + prefix.encode(), start):
-        yield key[16:].decode(), _blob(h, value)
+        yield key[16:].decode(), blob_of_row(h, value)
 
 
 def read_content(transaction: Transaction, h: bytes, version: int) -> bytes | None:
@@ -234,7 +238,7 @@ def damage(transaction: Transaction, h: bytes) -> Iterator[str]:
     for key, value in transaction.scan("states", h, h + b"\0"):
         name = key[16:].decode(errors="replace")
         try:
-            blob = _blob(h, value)
+            blob = blob_of_row(h, value)
         except (Corrupt, TypeError, ValueError) as error:
             yield error.message if isinstance(error, Corrupt) else f"the row of blob {name!r} does not decode"
             continue
