@@ -27,6 +27,7 @@ COMMANDS: Final = {
     "show": "Show a session and its checkpoints.",
     "orphans": "Show acknowledged turns that are not in a session's log, and append them again.",
     "delete": "Delete sessions for ever.",
+    "state": "Read, write, delete and list blobs of a session or of a user.",
     "stats": "Show what a daemon is doing.",
     "flush": "Have a daemon write everything that its cloud tier lacks.",
     "release": "Have a daemon flush and release sessions, so that another node may take them.",

@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Generic, NamedTuple, TypeVar
+from urllib.parse import quote
 
 from google.protobuf.message import Message
 
@@ -21,7 +22,7 @@ from sessiond.client.routes import CONNECT_MS, Route, Routes, ring_options
 from sessiond.client.turns import TurnLike, enum, policy_proto, to_message, to_turns
 from sessiond.client.unconfirmed import Unconfirmed
 from sessiond.errors import Conflict, Invalid, SessiondError
-from sessiond.v1 import admin_pb2, context_pb2, session_pb2, turn_pb2
+from sessiond.v1 import admin_pb2, context_pb2, session_pb2, state_pb2, turn_pb2
 
 SERVER_VARIABLE: Final = "SESSIOND_SERVER"
 SERVER_DEFAULT: Final = "127.0.0.1:7443"
@@ -509,6 +510,105 @@ class Calls:
         request = session_pb2.ListCheckpointsRequest(session_id=session_id, user_id=user_id)
         return _session_call("ListCheckpoints", request, lambda reply: reply.checkpoints)
 
+    # Blobs -------------------------------------------------------------------------------------------------------
+
+    def get_state(
+        self, key: str, *, session_id: str = "", user_id: str = "", known_version: int = 0
+    ) -> Call[state_pb2.GetStateResponse]:
+        """A blob of a session, or of a user if no session is named: `header`, `content`, and what may be `missing`.
+
+        user_id: with a session, whose it must be. known_version: leave the content out if this is still its version.
+        Raises NotFound STATE_NOT_FOUND.
+        """
+        request = state_pb2.GetStateRequest(scope=_scope(session_id, user_id), key=key, known_version=known_version)
+        return _state_call("GetState", request, _itself)
+
+    def put_state(
+        self,
+        key: str,
+        content: bytes,
+        *,
+        session_id: str = "",
+        user_id: str = "",
+        expected_version: int | None = None,
+        media_type: str = "",
+        labels: Mapping[str, str] | None = None,
+        durability: str | int = "",
+        write_id: str = "",
+    ) -> Call[state_pb2.StateHeader]:
+        """Write a blob of a session, or of a user if no session is named; its header after the write.
+
+        expected_version: write only over this version, 0 if there must be none; else Conflict STATE_VERSION_MISMATCH.
+        durability: EDGE or CLOUD. write_id: to try a failed write again later, mint one and give it both times.
+        """
+        request = state_pb2.PutStateRequest(
+            scope=_scope(session_id, user_id),
+            key=key,
+            content=content,
+            expected_version=expected_version,
+            media_type=media_type,
+            labels=labels or {},
+            # Minted here, so that a repeat is the same write.
+            write_id=write_id or str(uuid.uuid4()),
+            durability=enum(turn_pb2.Durability, durability or 0, "durability"),  # type: ignore[arg-type]
+        )
+        return _state_call("PutState", request, lambda reply: reply.header)
+
+    def delete_state(
+        self,
+        key: str,
+        *,
+        session_id: str = "",
+        user_id: str = "",
+        expected_version: int | None = None,
+        durability: str | int = "",
+        write_id: str = "",
+    ) -> Call[bool]:
+        """Delete a blob of a session, or of a user if no session is named; False if there was none."""
+        request = state_pb2.DeleteStateRequest(
+            scope=_scope(session_id, user_id),
+            key=key,
+            expected_version=expected_version,
+            durability=enum(turn_pb2.Durability, durability or 0, "durability"),  # type: ignore[arg-type]
+            write_id=write_id or str(uuid.uuid4()),
+        )
+        return _state_call("DeleteState", request, lambda reply: bool(reply.deleted))
+
+    def list_states_page(
+        self,
+        *,
+        session_id: str = "",
+        user_id: str = "",
+        key_prefix: str = "",
+        page_size: int = 0,
+        page_token: str = "",
+        accept_missing: int | None = None,
+    ) -> Call[state_pb2.ListStatesResponse]:
+        """One page of the blobs of a session, or of a user if no session is named, and what may be `missing`.
+
+        accept_missing: go on without the writes of this epoch, and of earlier ones, that may be missing.
+        """
+        request = state_pb2.ListStatesRequest(
+            scope=_scope(session_id, user_id),
+            key_prefix=key_prefix,
+            page_size=_unsigned(page_size, "page_size"),
+            page_token=page_token,
+            accept_missing=accept_missing,
+        )
+        return _state_call("ListStates", request, _itself)
+
+    def list_states(
+        self, *, session_id: str = "", user_id: str = "", key_prefix: str = "", page_size: int = 0
+    ) -> Listing[state_pb2.StateHeader]:
+        """The blobs of a session, or of a user if no session is named, by key and without their content."""
+
+        def page(token: str) -> Call[state_pb2.ListStatesResponse]:
+            return self.list_states_page(
+                session_id=session_id, user_id=user_id, key_prefix=key_prefix, page_size=page_size, page_token=token
+            )
+
+        return Listing(page, lambda reply: reply.headers)
+
     # The node ----------------------------------------------------------------------------------------------------
 
     def get_status(self) -> Call[admin_pb2.GetStatusResponse]:
@@ -539,6 +639,18 @@ def _batches(turns: Iterable[turn_pb2.TurnInput]) -> list[list[turn_pb2.TurnInpu
 
 def _session_call(method: str, request: Any, done: Callable[[Any], Reply]) -> Call[Reply]:
     return Call("SessionService", method, request, request.session_id, done)
+
+
+def _scope(session_id: str, user_id: str) -> state_pb2.StateScope:
+    if session_id:
+        return state_pb2.StateScope(session_id=session_id, session_user_id=user_id)
+    return state_pb2.StateScope(user_id=user_id)
+
+
+def _state_call(method: str, request: Any, done: Callable[[Any], Reply]) -> Call[Reply]:
+    # A user's blobs have one node, as a session has; header values are plain ASCII.
+    scope = request.scope
+    return Call("StateService", method, request, scope.session_id or f"~user/{quote(scope.user_id)}", done)
 
 
 def _itself(reply: Any) -> Any:

@@ -20,7 +20,7 @@ from sessiond.client.context import Context
 from sessiond.client.failures import failure_of
 from sessiond.client.routes import CHANNELS_MAX
 from sessiond.errors import SessiondError
-from sessiond.v1 import admin_pb2, admin_pb2_grpc, session_pb2_grpc, turn_pb2
+from sessiond.v1 import admin_pb2, admin_pb2_grpc, session_pb2_grpc, state_pb2_grpc, turn_pb2
 
 P = ParamSpec("P")
 Reply = TypeVar("Reply")
@@ -82,6 +82,7 @@ class _Channels:
                 channel = grpc.insecure_channel(key.address, options=self._calls.channel_options(key))
                 stubs = {
                     "SessionService": session_pb2_grpc.SessionServiceStub(channel),
+                    "StateService": state_pb2_grpc.StateServiceStub(channel),
                     "AdminService": admin_pb2_grpc.AdminServiceStub(channel),
                 }
                 opened = self._channels[key] = channel, stubs
@@ -166,6 +167,11 @@ class Client:
     list_turns_page = _unary(Calls.list_turns_page)
     list_checkpoints = _unary(Calls.list_checkpoints)
     list_orphans = _listing(Calls.list_orphans)
+    get_state = _unary(Calls.get_state)
+    put_state = _unary(Calls.put_state)
+    delete_state = _unary(Calls.delete_state)
+    list_states = _listing(Calls.list_states)
+    list_states_page = _unary(Calls.list_states_page)
     get_status = _unary(Calls.get_status)
     flush = _unary(Calls.flush)
     release = _unary(Calls.release)

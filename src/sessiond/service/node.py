@@ -97,7 +97,8 @@ class Node:
         used, size = parts.hot.used_bytes()
         backlog, done = parts.flusher.backlog(), self._upkeep.done
         with parts.hot.read() as transaction:
-            sessions = transaction.entries("heads")
+            # One row for each conversation; what belongs to users has none.
+            sessions = transaction.entries("users")
         cloud = admin_pb2.CloudTierStatus(
             url=parts.store.url,
             store_id=parts.bucket.store_id,

@@ -17,6 +17,7 @@ from typing import Final
 
 from sessiond.core.expiry import day_of, expired_lifecycle, lifecycle_at
 from sessiond.core.manifest import LIFECYCLE_ACTIVE, LIFECYCLE_ARCHIVED, LIFECYCLE_DELETED, LOSS_HOT_TIER, Manifest
+from sessiond.core.rules import is_hidden
 from sessiond.errors import Conflict, Corrupt, Exhausted, SessiondError, Unavailable, reason_of
 from sessiond.tiers.cloud.bucket import Bucket, refusal
 from sessiond.tiers.cloud.store import ObjectStore, StoreError
@@ -160,7 +161,7 @@ class Upkeep:
         for h, head in self._heads(SLICE_ROWS):
             if is_evictable(head) and head.lifecycle == LIFECYCLE_ACTIVE and 0 < head.expires_ms <= steady_ms:
                 copies.append((h, head))
-            if head.phase in self._counts:
+            if head.phase in self._counts and not is_hidden(head.session):
                 self._counts[head.phase] += 1
             if head.phase == PHASE_FENCED:
                 self._fenced(h)
