@@ -123,7 +123,7 @@ def replaced(before: Manifest, after: Manifest) -> list[str]:
 
 
 def copy_blobs(
-    store: ObjectStore, parent: Manifest, child: Manifest, put: Callable[[str, bytes], None]
+    store: ObjectStore, parent: Manifest, child: Manifest, put: Callable[[str, bytes], object]
 ) -> dict[str, Any]:
     """What the manifest of a fork says of its blobs: those that the parent's manifest names, in objects of its own.
 

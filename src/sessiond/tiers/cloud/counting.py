@@ -39,6 +39,7 @@ OBJECTS = {
     "m": "manifest",
     "s": "segment",
     "o": "orphan",
+    "b": "blob",
     "u": "user_index",
     "x": "expiry",
     "n": "lease",
