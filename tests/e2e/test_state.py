@@ -256,8 +256,7 @@ class Counting:
                     elif error.code() not in RETRYABLE:
                         raise
                     else:
-                        wire.channel.subscribe(lambda _: None, try_to_connect=True)
-                        self.stop.wait(0.01)
+                        self.stop.wait(0.02)
         wire.close()
 
     def _sent(
@@ -270,8 +269,7 @@ class Counting:
             except grpc.RpcError as error:
                 if error.code() not in RETRYABLE:
                     raise
-                blobs.wire.channel.subscribe(lambda _: None, try_to_connect=True)
-                time.sleep(0.01)
+                time.sleep(0.02)
 
 
 def test_counting_goes_on_exactly_over_sigkills(daemon: Daemon) -> None:

@@ -172,11 +172,12 @@ class States:
         only: the one key that is; its content comes along if it is here. Raises NotFound, Unavailable, Corrupt.
         """
         await self._own.settle_doubt(scope.h)
+        tenure = self._own.tenure()
         with self._hot.read() as transaction:
             head = log.read_head(transaction, scope.h)
             if head is not None and head.phase == PHASE_OWNED:
                 self._own.admit(scope.session, head, scope.user)
-                look = self._look_hot(transaction, scope.h, wanted, only)
+                look = self._look_hot(transaction, scope.h, wanted, only, tenure)
                 self._own.note_resumed(scope.h)
                 return look
         try:
@@ -187,7 +188,9 @@ class States:
             return _Look([], {}, [], context_pb2.RUNG_CLOUD, context_pb2.OWNERSHIP_CONFIRMED)
         return await self._look_cold(call, cold, wanted)
 
-    def _look_hot(self, transaction: Transaction, h: bytes, wanted: Callable[[str], bool], only: str | None) -> _Look:
+    def _look_hot(
+        self, transaction: Transaction, h: bytes, wanted: Callable[[str], bool], only: str | None, tenure: int
+    ) -> _Look:
         ledger = hot.read_ledger(transaction, h) or Ledger()
         content: bytes | None = None
         if only is None:
@@ -197,7 +200,7 @@ class States:
             found = [] if blob is None else [(only, blob)]
             content = None if blob is None else hot.read_content(transaction, h, blob.version)
         committed = self._committed(transaction, h) if found else {}
-        ownership = self._own.standing()
+        ownership = self._own.standing(tenure)
         return _Look(found, committed, ledger.loss, context_pb2.RUNG_HOT, ownership, content)
 
     def _committed(self, transaction: Transaction, h: bytes) -> dict[str, list[Any]]:
@@ -308,7 +311,7 @@ class States:
         return state_pb2.PutStateResponse(
             header=header,
             duplicate=done.duplicate,
-            ownership=self._own.standing(),
+            ownership=self._own.standing(done.tenure),
         )
 
     async def delete(self, call: Call, request: state_pb2.DeleteStateRequest) -> state_pb2.DeleteStateResponse:
@@ -335,7 +338,7 @@ class States:
         return state_pb2.DeleteStateResponse(
             deleted=done.version > 0,
             durability=self._durability(scope.h, done),  # type: ignore[arg-type]
-            ownership=self._own.standing(),
+            ownership=self._own.standing(done.tenure),
             duplicate=done.duplicate,
         )
 
@@ -368,9 +371,11 @@ class States:
                 continue
             if self._hot.is_full():
                 raise hot_tier_full(self._hot)
+            tenure = self._own.tenure()
             done = await self._hot.run(operation, weight_bytes)
             if done is None:
                 continue  # released in between
+            done.tenure = tenure
             if max(durability, done.head.min_durability) >= DURABILITY_CLOUD:
                 await self._reach(call, h, asked.key, done)
             return done

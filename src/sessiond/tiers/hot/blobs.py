@@ -40,14 +40,17 @@ class Write:
     expected: int | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Written:
-    """What became of a write. version: that it made, 0 for a deletion that found nothing. head: after it."""
+    """What became of a write. version: that it made, 0 for a deletion that found nothing. head: after it. tenure: the
+    node's from before the write.
+    """
 
     version: int
     time_ms: int
     duplicate: bool
     head: Head
+    tenure: int = 0
 
 
 def read_ledger(transaction: Transaction, h: bytes) -> Ledger | None:
