@@ -21,7 +21,7 @@ from sessiond.core import blobs as blob_rules
 from sessiond.core import envelope, forks, rules
 from sessiond.core import manifest as manifests
 from sessiond.core import state as states
-from sessiond.core.expiry import expires_ms
+from sessiond.core.expiry import day_of, expires_ms
 from sessiond.core.layout import Header
 from sessiond.core.manifest import (
     EPOCH_ROWS_MAX,
@@ -423,8 +423,19 @@ class Claims:
                 index.result()
             except StoreError as error:
                 raise refusal(error) from error
-        self._settle(manifest, etag, tenure, rows)
+        if not self._settle(manifest, etag, tenure, rows):
+            self._drop_late_index(manifest)
         return True
+
+    def _drop_late_index(self, manifest: Manifest) -> None:
+        """Take back rows of the indexes that came to stand after somebody had found the session and deleted it."""
+        with suppress(StoreError, SessiondError):
+            found = load(self._store, manifest.h)
+            if found is not None and found.manifest.lifecycle == LIFECYCLE_DELETED:
+                self._store.delete(self._index_key(manifest))
+                if manifest.expires_ms:
+                    day = day_of(manifest.expires_ms)
+                    self._store.delete(self._bucket.expiry_key(manifest.tenant, day, manifest.h))
 
     def put_object(self, key: str, body: bytes) -> None:
         """Put an object whose name carries its content's hash. Raises as the store does."""
@@ -566,8 +577,8 @@ class Claims:
             raise refusal(error) from error
         return [key, known.epoch, first, last, sha256]
 
-    def _settle(self, manifest: Manifest, etag: str, tenure: int | None, rows: Rows | None = None) -> None:
-        """Make the hot tier hold a session that the cloud tier says is ours.
+    def _settle(self, manifest: Manifest, etag: str, tenure: int | None, rows: Rows | None = None) -> bool:
+        """Make the hot tier hold a session that the cloud tier says is ours; False if it knows better by now.
 
         tenure: the node's when its claim was sent; None for a claim that was sent nobody knows when. If the node was
         fenced since, somebody may have looked at this manifest and be about to take the session: it is in doubt.
@@ -576,13 +587,13 @@ class Claims:
         head = head_from_manifest(manifest, etag, manifest.epoch, PHASE_DOUBTED)
         held = rows or Rows(manifest.kept_frames, manifest.inline_frames, manifest.inline_first)
 
-        def operation(transaction: Transaction) -> None:
+        def operation(transaction: Transaction) -> bool:
             if tenure == self._tenure():
                 head.phase = PHASE_OWNED
             known = log.read_head(transaction, h)
             # Only over the intent that this claim left: whatever came in between knows more.
             if known is None or not is_claim_of(known, manifest):
-                return
+                return False
             log.replace_rows(
                 transaction,
                 h,
@@ -602,9 +613,10 @@ class Claims:
             user = self._bucket.user_hash(manifest.tenant, manifest.user)
             key = user_key(tenant, user, head.created_ms, h)
             transaction.put("users", key, wrap(h, "users", manifest.session.encode()))
+            return True
 
         # Never of no weight: what is left of a full disk is for flush, release and evict.
-        self._hot.run_blocking(operation, weight_bytes=1 + len(held.kept_frames) + len(held.frames))
+        return self._hot.run_blocking(operation, weight_bytes=1 + len(held.kept_frames) + len(held.frames))
 
     def resume_claim(self, cold: Cold, head: Head) -> bool:
         """Finish a claim that a crash cut short after its write had landed; whether it had."""
