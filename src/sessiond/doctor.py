@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import ipaddress
 import os
 import resource
 import secrets
@@ -37,16 +38,19 @@ from sessiond.errors import (
     SessiondError,
     Unavailable,
 )
+from sessiond.neighbours import DAMAGED, RENEWED, STILL, Neighbour, ask, neighbours
 from sessiond.tiers.cloud.bucket import BUCKET_KEY, Bucket, lease_key, open_bucket, start_refusal
-from sessiond.tiers.cloud.lease import is_alive
+from sessiond.tiers.cloud.lease import is_alive, process_identity
 from sessiond.tiers.cloud.open import folder_of, open_configured
 from sessiond.tiers.cloud.probe import probe
 from sessiond.tiers.cloud.s3 import S3Store
 from sessiond.tiers.cloud.store import BucketMissing, ObjectNotFound, ObjectStore, StoreDenied, StoreError
 from sessiond.tiers.hot.datafile import DATA_FILE, check_file, in_use
 from sessiond.tiers.hot.environment import MAP_USED_MAX, META_STORE, Reader
+from sessiond.tiers.hydrate import Node
 from sessiond.tiers.local_disk import refuse_network
 from sessiond.tokens import Tokenizer
+from sessiond.transport.peers import Credentials, node_key
 from sessiond.v1 import admin_pb2, admin_pb2_grpc
 
 PASS: Final = "PASS"
@@ -77,6 +81,8 @@ CREDENTIALS: Final = (
     "Give the daemon credentials: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, or a role of the machine."
 )
 ENDPOINT: Final = "Check --s3-endpoint, DNS and the firewall."
+# More are counted, not named.
+NODES_SHOWN: Final = 12
 PROBE_PREFIX: Final = "probe/doctor-"
 
 
@@ -540,6 +546,8 @@ def _identity(settings: Settings, store: ObjectStore) -> Iterator[Check]:
         yield passed(name, f"store {bucket.store_id.hex()}; the hash key is {whose}")
     yield from _belongs(settings, bucket)
     yield _lease(settings, store)
+    if bucket is not None:
+        yield from _several(settings, store, bucket)
 
 
 def _belongs(settings: Settings, bucket: Bucket | None) -> Iterator[Check]:
@@ -591,6 +599,83 @@ def _lease(settings: Settings, store: ObjectStore) -> Check:
         return failed(name, Unavailable("NODE_NAME_IN_USE", what))
     remedy = "If that daemon is gone, a start waits for three lease times; if not, give this node another node_name."
     return warned(name, f"{who}: written on another boot or in another container, it may be alive", remedy)
+
+
+# Several nodes --------------------------------------------------------------------------------------------------------
+
+
+def _several(settings: Settings, store: ObjectStore, bucket: Bucket) -> Iterator[Check]:
+    """The other nodes, whether this one can call them, and whether they can call it."""
+    name = "other nodes"
+    try:
+        found = neighbours(store, settings.node)
+    except StoreError as error:
+        yield failed(name, start_refusal(error))
+        return
+    seen = ", ".join(str(node) for node in found[:NODES_SHOWN]) or "none"
+    if len(found) > NODES_SHOWN:
+        seen += f" and {len(found) - NODES_SHOWN} more"
+    if any(node.state in (STILL, DAMAGED) for node in found):
+        remedy = "Start what is gone again, or let it be: others take its sessions over as they are asked for."
+        yield warned(name, seen, remedy)
+    else:
+        yield passed(name, seen)
+    living = [node for node in found if node.state == RENEWED]
+    if living:
+        yield _calls(settings, bucket, living)
+    yield _advertised(settings, living)
+
+
+def _calls(settings: Settings, bucket: Bucket, living: list[Neighbour]) -> Check:
+    """Whether each living node can be called by this one, which is how calls for its sessions get there."""
+    name = "calls to other nodes"
+    key = node_key(bytes.fromhex(settings.node_key), bucket.hash_key)
+    credentials = Credentials(key, Node(bytes(16), settings.node, settings.address()))
+    troubles = [(node, trouble) for node in living if (trouble := ask(node.address, credentials)) is not None]
+    for node, trouble in troubles:
+        if trouble.reason == "NODE_UNVERIFIED":
+            error: SessiondError = Denied("NODE_UNVERIFIED", f"{node.name} at {node.address} has another node_key.")
+            return failed(name, error, "Give all nodes of the bucket the same node_key, or none.")
+    if troubles:
+        told = ", ".join(f"{node.name} at {node.address}" for node, _ in troubles)
+        error = Unavailable("SERVER_UNREACHABLE", f"No answer from {told}, although it renews its lease.")
+        return failed(name, error, "Check what that node advertises, and the network between the two.")
+    return passed(name, f"{len(living)} of {len(living)} answer and know the key")
+
+
+def _advertised(settings: Settings, living: list[Neighbour]) -> Check:
+    """Whether the other nodes can reach this one at what its lease tells them."""
+    name = "advertise"
+    address = settings.address()
+    if not living:
+        return passed(name, f"{address}, which nobody needs: no other node lives on this bucket")
+    remedy = "Set advertise to HOST:PORT at which the other nodes reach this one."
+    for node in living:
+        if node.address == address:
+            what = f"{address} is what node {node.name!r} advertises"
+            return failed(name, Invalid("INVALID_CONFIG", f"{what}.", fields=[("advertise", what)]), remedy)
+    host = address.rpartition(":")[0].strip("[]")
+    here = address.startswith("unix:")
+    try:
+        places = [] if here else socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError as error:
+        what = f"{host!r} is no host that this machine knows: {error.strerror}"
+        return failed(name, Invalid("INVALID_CONFIG", f"{what}.", fields=[("advertise", what)]), remedy)
+    here = here or all(ipaddress.ip_address(str(place[4][0]).partition("%")[0]).is_loopback for place in places)
+    far = [node.name for node in living if node.boot_id != process_identity().get("boot_id")]
+    if here and far:
+        what = f"{address} is reached from this machine only, and node {far[0]!r} runs on another"
+        return failed(name, Invalid("INVALID_CONFIG", f"{what}.", fields=[("advertise", what)]), remedy)
+    if not _is_ours(settings, _daemon_at(settings.listen)):
+        return passed(name, f"{address}; this node's daemon is not running, so it can't be tried")
+    if _is_ours(settings, _daemon_at(address)):
+        return passed(name, f"this node answers at {address}")
+    what = f"This node does not answer at {address}, which its lease tells the others."
+    return failed(name, Unavailable("SERVER_UNREACHABLE", what), remedy)
+
+
+def _is_ours(settings: Settings, found: tuple[int, admin_pb2.GetStatusResponse] | SessiondError | None) -> bool:
+    return isinstance(found, tuple) and Path(found[1].hot.path) == settings.hot_dir
 
 
 def _clock(store: ObjectStore) -> Check:

@@ -173,6 +173,7 @@ def test_a_turn_that_came_out_goes_in_again_as_the_same(kind: Any) -> None:
         client.append(session, [system("Be brief."), user([turn_pb2.Part(text="One")], name="ada")])
         client.append(session, [assistant(tool_calls=[("c", "f", "{}")], tokens={"cl100k_base": 3})])
         client.append(session, [tool_result("c", "x", is_error=True), milestone("m", "n")])
+        client.append(session, [assistant("Cut off", status="INTERRUPTED")])
         client.append(session, [state_change(flags={"a": True}, pins={"k": "v"}, policy={"budget_tokens": 9})])
         turns = list(client.list_turns(session))
         client.append(session, [summary("All.", turns[-1]), rewind(2)])

@@ -45,6 +45,14 @@ def command(put_price: float, get_price: float, as_json: bool, server: str | Non
         title="Calls",
     )
     print()
+    if status.ownership.forwarded:
+        output.table(
+            ("to node", "outcome", "calls"),
+            [(row.node, row.outcome, row.count) for row in status.ownership.forwarded],
+            right=("calls",),
+            title="Calls forwarded to other nodes",
+        )
+        print()
     output.table(
         ("request", "outcome", "count", "bytes"),
         [(row.kind, row.outcome, row.count, output.bytes_text(row.bytes)) for row in status.cloud.requests],
@@ -90,7 +98,9 @@ def _bill_facts(bill: dict[str, float]) -> list[tuple[str, object]]:
 def _facts(status: admin_pb2.GetStatusResponse) -> list[tuple[str, object]]:
     hot, cloud, group = status.hot, status.cloud, status.group_commit
     used = f"{output.bytes_text(hot.map_used_bytes)} of {output.bytes_text(hot.map_size_bytes)}"
-    flush, upkeep = status.flush, status.upkeep
+    flush, upkeep, moves = status.flush, status.upkeep, status.ownership
+    rescues = ", ".join(f"{count} {outcome.lower()}" for outcome, count in sorted(moves.rescues.items()))
+    forwarded = sum(row.count for row in moves.forwarded)
     mean = group.appends / group.commits if group.commits else 0.0
     return [
         ("node", status.node),
@@ -109,6 +119,14 @@ def _facts(status: admin_pb2.GetStatusResponse) -> list[tuple[str, object]]:
             "upkeep",
             f"{upkeep.released_sessions} released, {upkeep.evicted_sessions} evicted,"
             f" {upkeep.archived_sessions} archived, {upkeep.deleted_sessions} deleted",
+        ),
+        ("sessions", f"{moves.owned_sessions} owned, {moves.watchers} watched streams"),
+        ("came here", f"{moves.claims} that nobody owned, {moves.steals} of nodes that were gone"),
+        ("other nodes", f"{forwarded} calls forwarded to them, {moves.answered_for_others} answered for them"),
+        (
+            "fenced",
+            f"{moves.fenced} times; {moves.fenced_sessions} sessions wait to be rescued"
+            + (f"; rescued: {rescues}" if rescues else ""),
         ),
         ("commits", f"{group.commits} of {mean:.1f} writes each, at most {group.group_max}"),
         ("cloud tier", f"{cloud.url}: {'reachable' if cloud.reachable else 'NOT REACHABLE'}"),

@@ -159,7 +159,7 @@ class Node:
     def _tell_ownership(self, told: admin_pb2.OwnershipStatus) -> None:
         moves, counts = self._sessions.ownership.moves, self._upkeep.counts
         told.owned_sessions, told.fenced_sessions = counts[PHASE_OWNED], counts[PHASE_FENCED]
-        told.claims, told.steals = moves.claims, moves.steals
+        told.claims, told.steals = moves.claims - moves.steals, moves.steals
         told.fenced = self._parts.lease.fences
         told.answered_for_others = self.answered_for_others()
         told.watchers = self.watches.count if self.watches is not None else 0
