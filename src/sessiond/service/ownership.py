@@ -123,6 +123,8 @@ class Succession:
 
     loss: list[int] | None
     takeable: bool
+    # The owner may have turns that the cloud tier lacks, and can't be asked.
+    unseen: bool = False
 
 
 @dataclass
@@ -264,7 +266,7 @@ class Ownership:
         elif owner.name != node.name and (asked is None or asked.incarnation != owner.incarnation):
             raise OwnedElsewhere(manifest.session, owner)
         elif self._parts.peers is None:
-            return Succession(None, False)
+            return out_of_reach(manifest)
         else:
             # After the manifest, never before: a node that came back writes the manifest before it serves from it.
             verdict = await self._verdict(owner)
@@ -273,7 +275,7 @@ class Ownership:
                 moved = verdict.owner if verdict.state != GONE else None
                 if moved is not None and asked is not None and moved.address != asked.address:
                     raise OwnedElsewhere(manifest.session, moved)
-                return Succession(None, False)
+                return out_of_reach(manifest)
         if int(manifest.policy.get("min_durability", 0)) == DURABILITY_CLOUD:
             return Succession(None, True)
         return Succession([manifest.epoch, manifest.head, REASON_LOST, 0], True)
@@ -441,6 +443,11 @@ def owner_unreachable(manifest: Manifest) -> SessiondError:
         f"Session {manifest.session!r} is owned by node {owner[1]!r}, which does not answer.",
         {"session_id": manifest.session, "owner_node": str(owner[1]), "owner_address": str(owner[2])},
     )
+
+
+def out_of_reach(manifest: Manifest) -> Succession:
+    """What can be said of a session whose owner can't be asked. One that admits only CLOUD appends is all there."""
+    return Succession(None, False, int(manifest.policy.get("min_durability", 0)) != DURABILITY_CLOUD)
 
 
 def unreachable(manifest: Manifest) -> context_pb2.MissingRange:

@@ -41,6 +41,7 @@ from sessiond.service.ownership import (
     check_user,
     draining,
     not_found,
+    out_of_reach,
     unreachable,
 )
 from sessiond.service.pages import open_page, seal_page
@@ -179,7 +180,7 @@ class Sessions:
     def describe_cold(self, manifest: Manifest, found: Succession) -> session_pb2.Session:
         """A session by its manifest. found: what taking it would mean."""
         missing = self._missing([*manifest.loss, *([found.loss] if found.loss else [])])
-        if not found.takeable:
+        if found.unseen:
             missing.append(unreachable(manifest))
         state = states.decode(manifest.state)
         return self._session_proto(manifest.session, manifest.user, manifest, state, None, missing, 0)
@@ -326,7 +327,7 @@ class Sessions:
             try:
                 found = await self._own.succession(call, cold)
             except OwnedElsewhere:
-                found = Succession(None, False)  # nobody is asked for the sake of a list: it shows what is flushed
+                found = out_of_reach(cold.manifest)  # nobody is asked for the sake of a list: it shows what is flushed
             return self.describe_cold(cold.manifest, found)
         except Corrupt as error:
             name = await self._own.off_loop(indexed_session, self._parts.store, key)
@@ -544,7 +545,7 @@ class Sessions:
             losses.append(found.loss)
         source = ColdSource(manifest)
         self._judge(standing, request, losses, state, source)
-        if not found.takeable:
+        if found.unseen:
             standing.rung = context_pb2.RUNG_PARTIAL
             standing.missing.append(unreachable(manifest))
             standing.notice = standing.notice or "The newest part of this conversation can't be reached at the moment."
@@ -913,7 +914,7 @@ class Sessions:
         state = states.decode(manifest.state)
         found = await self._own.succession(call, cold)
         losses += [found.loss] if found.loss else []
-        if not found.takeable:
+        if found.unseen:
             standing.missing.append(unreachable(manifest))
         self._judge(standing, session_pb2.ResumeSessionRequest(), losses, state, ColdSource(manifest))
         last = min(last_seq or manifest.head, manifest.head, first_seq + turns_max - 1)

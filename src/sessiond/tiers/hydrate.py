@@ -608,7 +608,7 @@ class Claims:
             transaction.put("manifests", h, encode_committed(h, manifest))
             log.write_head(transaction, h, head, manifest.written_ms)
             if rules.is_hidden(manifest.session):
-                return
+                return True
             tenant = self._bucket.tenant_hash(manifest.tenant)
             user = self._bucket.user_hash(manifest.tenant, manifest.user)
             key = user_key(tenant, user, head.created_ms, h)
