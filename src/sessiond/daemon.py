@@ -244,6 +244,8 @@ class Daemon:
         server.also_serve("PutState", state_pb2.PutStateRequest, states.put)
         server.also_serve("DeleteState", state_pb2.DeleteStateRequest, states.delete)
         server.also_serve("ListStates", state_pb2.ListStatesRequest, states.list_states)
+        server.also_serve("WarmSession", session_pb2.WarmSessionRequest, sessions.warm)
+        sessions.ask = router.ask_to_resume
         self._rescuing = asyncio.create_task(rescues.run())
         self._conditions = {
             telemetry.CLOUD_TIER_AWAY: lambda: not node.cloud_answers,

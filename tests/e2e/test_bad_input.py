@@ -40,6 +40,7 @@ SERVED = {
     "PutState",
     "DeleteState",
     "ListStates",
+    "WarmSession",
     "GetStatus",
     "Flush",
     "Drain",
@@ -728,7 +729,10 @@ def test_an_append_to_a_cold_session_takes_the_budget_of_its_policy() -> None:
 
 def test_what_a_request_asks_that_is_not_served_yet_is_named(wire: Wire, session: str) -> None:
     with unchanged(wire, session):
-        refused("NOT_SERVED_YET", "reset_to_session_id", wire.resume, session, reset_to_session_id="other")
+        for new_id in ("a b", session):
+            refused("INVALID_SESSION_ID", "reset_to_session_id", wire.resume, session, reset_to_session_id=new_id)
+        reset = {"reset_to_session_id": "other", "read_only": True}
+        refused("INVALID_CONTEXT", "reset_to_session_id", wire.resume, session, **reset)
         refused("NOT_SERVED_YET", "writer_token", wire.append, session, user("new", "x"), writer_token="secret")
         accept = {"accept_missing": 1, "read_only": True}
         refused("INVALID_CONTEXT", "accept_missing", wire.resume, session, **accept)

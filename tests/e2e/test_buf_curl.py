@@ -178,7 +178,7 @@ def test_a_refusal_shows_its_details(buf: BufCurl, session: str) -> None:
     turn = {"turnId": "new", "role": "ROLE_USER", "message": text("x")}
     code, error, _ = buf.refusal("AppendTurn", {"sessionId": session, "turns": [turn], "expected": {"seq": "77"}})
     assert (code, error["code"]) == (ABORTED, "aborted")
-    code, error, details = buf.refusal("WarmSession", {"sessionId": session})
+    code, error, details = buf.refusal("BatchResumeSessions", {})
     assert (code, error["code"]) == (UNIMPLEMENTED, "unimplemented")
     assert error_details_pb2.ErrorInfo.FromString(details["google.rpc.ErrorInfo"]).reason == "NOT_SERVED_YET"
 

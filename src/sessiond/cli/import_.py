@@ -372,7 +372,8 @@ class Importer:
         if not missing:
             return
         if self._accept_missing:
-            self._resume(session_id, accept_missing=max(lost.epoch for lost in missing))
+            for epoch in sorted({lost.epoch for lost in missing}):
+                self._resume(session_id, accept_missing=epoch)
         back = [lost for lost in missing if lost.first_seq <= count]
         for _ in range(SETTLE_ATTEMPTS_MAX):
             if back and not self._accept_missing:

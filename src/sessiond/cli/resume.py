@@ -35,6 +35,7 @@ PARTS = ("instructions", "pins", "summary", "tail", "recalled", "new_message", "
     help="The newest turn that you saw acknowledged; its chain, as append prints it, proves it.",
 )
 @click.option("--accept-missing", type=click.IntRange(min=0), metavar="EPOCH", help="Go on without its lost turns.")
+@click.option("--reset-to", metavar="NEW", default="", help="Make this session if the history is lost for good.")
 @click.option("--read-only", is_flag=True, help="Do not take the session over.")
 @click.option("--user", default="", metavar="U", help="The user whose session it must be.")
 @click.option("--openai", "as_openai", is_flag=True, help="Print the messages of an OpenAI chat completion, as JSON.")
@@ -52,6 +53,7 @@ def command(
     new_message: str | None,
     highest_acked: str | None,
     accept_missing: int | None,
+    reset_to: str,
     read_only: bool,
     user: str,
     as_openai: bool,
@@ -81,6 +83,7 @@ def command(
             new_message=new_message,
             highest_acked=acked,
             accept_missing=accept_missing,
+            reset_to_session_id=reset_to,
             read_only=read_only,
             user_id=user,
         )

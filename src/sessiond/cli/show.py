@@ -69,6 +69,8 @@ def _facts(found: session_pb2.Session) -> list[tuple[str, object]]:
     facts += [("missing", missing_text(lost)) for lost in found.missing]
     if found.forked_from_session_id:
         facts.append(("forked from", f"{found.forked_from_session_id} at {found.forked_at.seq}"))
+    if found.reset_of_session_id:
+        facts.append(("in the place of", found.reset_of_session_id))
     return facts
 
 

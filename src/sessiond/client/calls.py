@@ -332,6 +332,35 @@ class Calls:
 
         return _session_call("UpdateSession", request, done)
 
+    def fork_session(
+        self,
+        session_id: str,
+        new_session_id: str = "",
+        *,
+        seq: int = 0,
+        checkpoint_version: int = 0,
+        user_id: str = "",
+    ) -> Call[session_pb2.Session]:
+        """A new session that begins with the turns of another one up to a turn, or the one that was made so before.
+
+        seq, or checkpoint_version: the turn, or the checkpoint whose turn, is the last one that the two share. Without
+        an id it gets a fresh UUID.
+        """
+        at = {"checkpoint_version": checkpoint_version} if checkpoint_version else {"seq": seq}
+        request = session_pb2.ForkSessionRequest(
+            session_id=session_id,
+            user_id=user_id,
+            # Minted here, so that a repeat names the same session.
+            new_session_id=new_session_id or str(uuid.uuid4()),
+            **at,
+        )
+        return _session_call("ForkSession", request, lambda reply: reply.session)
+
+    def warm_session(self, session_id: str, *, user_id: str = "") -> Call[bool]:
+        """Hint that a session will be resumed soon; whether its owner holds it already. The reply waits for nothing."""
+        request = session_pb2.WarmSessionRequest(session_id=session_id, user_id=user_id)
+        return _session_call("WarmSession", request, lambda reply: bool(reply.hot))
+
     # Resume and append -------------------------------------------------------------------------------------------
 
     def resume(
@@ -360,7 +389,8 @@ class Calls:
         cl100k_base. instructions, new_message: counted, not stored. highest_acked: the newest turn that the caller
         saw acknowledged; with its chain, as replies give it, proof instead of a comparison. since: the last turn that
         the caller holds (`held.last_position`): only newer ones are repeated, to `merge`. accept_missing: go on without
-        the turns of this epoch that may be missing.
+        the turns of this epoch that may be missing. reset_to_session_id: where the history can't be read for good, make
+        a new session with this id and resume that, rung RESET, instead of failing with DATA_LOSS.
         """
         request = session_pb2.ResumeSessionRequest(
             session_id=session_id,

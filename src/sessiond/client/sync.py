@@ -161,6 +161,8 @@ class Client:
     list_sessions_page = _unary(Calls.list_sessions_page)
     update_session = _unary(Calls.update_session)
     delete_session = _unary(Calls.delete_session)
+    fork_session = _unary(Calls.fork_session)
+    warm_session = _unary(Calls.warm_session)
     resume = _unary(Calls.resume)
     append = _unary(Calls.append)
     list_turns = _listing(Calls.list_turns)

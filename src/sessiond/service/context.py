@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 from sessiond import core
-from sessiond.core.layout import FIT_MORE, FIT_NOTHING, Header
+from sessiond.core.layout import FIT_MORE, FIT_NOTHING, FIT_OK, FLAG_CUT, FLAG_EXCHANGE, Header
 from sessiond.core.manifest import Manifest
 from sessiond.core.state import State
-from sessiond.errors import Invalid
+from sessiond.errors import Corrupt, Invalid
 from sessiond.service.prepare import Spec
 from sessiond.tiers.hot import log
 from sessiond.tiers.hot.environment import Transaction
@@ -102,7 +102,10 @@ class ColdSource:
 
 @dataclass(slots=True)
 class Standing:
-    """What a receipt says besides the window: where the session stands and how it was served."""
+    """What a receipt says besides the window: where the session stands and how it was served.
+
+    unread: ranges of older turns that can't be read for good; they are named in `missing`, too.
+    """
 
     rung: int
     ownership: int
@@ -112,6 +115,12 @@ class Standing:
     missing: list[context_pb2.MissingRange] = field(default_factory=list)
     stale: bool = False
     notice: str = ""
+    reset_of: str = ""
+    unread: list[tuple[int, int]] = field(default_factory=list)
+
+    def is_unread(self, seq: int) -> bool:
+        """Whether a turn lies in a range that can't be read."""
+        return any(first <= seq <= last for first, last in self.unread)
 
 
 def missing_ranges(loss: list[list[int]]) -> list[context_pb2.MissingRange]:
@@ -201,13 +210,16 @@ def _etag(state: State, spec: Spec, standing: Standing) -> str:
 
 
 def _choose(
-    source: Source, h: bytes, state: State, spec: Spec, tail: int, exact: int, since_seq: int
+    source: Source, h: bytes, state: State, spec: Spec, tail: int, exact: int, since_seq: int, floor: int
 ) -> tuple[Any, ...]:
+    """As core.fit_window answers. floor: turns up to this one can't be read; a window that needs one starts above."""
     rows: list[Any] = []
     target, gathered = state.last_live_seq, 0
     stride = max(1, (spec.budget - spec.reserve) // STRIDES_PER_BUDGET)
     while True:
         while target and (gathered <= exact or not rows):
+            if target <= floor:
+                return _choose_above(rows, h, state, spec, exact, since_seq, floor)
             row = source.row_for(target)
             tokens, target = core.row_live(row, target, spec.slot)
             gathered += tokens
@@ -228,10 +240,52 @@ def _choose(
         if fit[0] != FIT_MORE:
             return fit
         target, gathered = fit[1], 0
+        if target <= floor:
+            return _choose_above(rows, h, state, spec, exact, since_seq, floor)
         row = source.row_for(target)
         _, target = core.row_live(row, target, spec.slot)
         rows.insert(0, row)
         gathered = exact + 1
+
+
+def _choose_above(
+    rows: list[Any], h: bytes, state: State, spec: Spec, exact: int, since_seq: int, floor: int
+) -> tuple[Any, ...]:
+    """The window where what is older can't be read: from the earliest legal cut above it that fits.
+
+    Raises Corrupt MISSING_SEGMENT if there is no legal cut above.
+    """
+    known: dict[int, tuple[Header, Any]] = {}
+    for row in rows:
+        known.update((header.seq, (header, row)) for header in core.scan_frames(h, row))
+    walked: list[tuple[Header, Any]] = []
+    cuts: list[tuple[int, int]] = []
+    target, tokens, exchanges = state.last_live_seq, 0, 0
+    while target > floor and target in known:
+        header, row = known[target]
+        walked.append((header, row))
+        tokens += header.tokens[spec.slot]
+        if header.flags & FLAG_CUT:
+            cuts.append((len(walked), tokens))
+        exchanges += bool(header.flags & FLAG_EXCHANGE)
+        if spec.strategy == turn_pb2.STRATEGY_LAST_N and exchanges == spec.last_exchanges:
+            break
+        target = header.prev_live_seq
+    if not cuts:
+        what = f"The newest part of the conversation begins in turns up to {floor}, which can't be read."
+        raise Corrupt("MISSING_SEGMENT", what, {"seq": str(floor)})
+    fitting = [cut for cut in cuts if cut[1] <= exact]
+    if not fitting:
+        return FIT_NOTHING, cuts[0][1]
+    count, tokens = fitting[-1]
+    kept = walked[:count][::-1]
+    pieces = [bytes(row[header.offset : header.end]) for header, row in kept if header.seq > since_seq]
+    ranges: list[tuple[int, int]] = []
+    for header, _ in kept:
+        joins = bool(ranges) and ranges[-1][1] == header.seq - 1
+        ranges[-1 if joins else len(ranges) :] = [(ranges[-1][0] if joins else header.seq, header.seq)]
+    first, last = kept[0][0], kept[-1][0]
+    return FIT_OK, first.seq, tokens, count, b"".join(pieces), ranges, first.prev_live_seq, last.chain
 
 
 def build(source: Source, h: bytes, state: State, spec: Spec, standing: Standing) -> bytes:
@@ -249,15 +303,19 @@ def build(source: Source, h: bytes, state: State, spec: Spec, standing: Standing
         stale=standing.stale,
         notice=standing.notice,
         node=standing.node,
+        reset_of=standing.reset_of,
     )
     if spec.proto.context_etag and spec.proto.context_etag == etag:
         return context_pb2.ActiveContext(context_etag=etag, not_modified=True, receipt=receipt).SerializeToString()
 
     slot, hybrid = spec.slot, spec.strategy == turn_pb2.STRATEGY_HYBRID
+    floor = max((last for _, last in standing.unread), default=0)
     instructions = state.instructions if spec.given_instructions is None else None
+    if instructions and standing.is_unread(instructions[0]):
+        instructions = None
     instructions_tokens = spec.instructions_tokens if instructions is None else instructions[1 + slot]
     pins_tokens = sum(value[3 + slot] for value in state.pins.values())
-    summary = state.summary if hybrid else []
+    summary = state.summary if hybrid and not any(standing.is_unread(row[0]) for row in state.summary) else []
     summary_tokens = sum(row[3 + slot] for row in summary)
     usable = spec.budget - spec.reserve
     fixed = CONTEXT_TOKENS + instructions_tokens + pins_tokens + summary_tokens
@@ -265,10 +323,12 @@ def build(source: Source, h: bytes, state: State, spec: Spec, standing: Standing
     tail = usable - fixed - max(spec.new_tokens, usable // NEW_MESSAGE_SHARE) if hybrid else exact
     if exact < 0:
         # What must be there leaves nothing for a tail; the minimum that is named has room for the newest one.
-        fit = _choose(source, h, state, spec, 0, 0, 0)
+        fit = _choose(source, h, state, spec, 0, 0, 0, floor)
         raise _too_small(spec, spec.reserve + fixed + spec.new_tokens + (fit[1] if fit[0] == FIT_NOTHING else 0))
-    since_seq = spec.since.seq if spec.since is not None and holds(source, state, spec.since) is not False else 0
-    fit = _choose(source, h, state, spec, max(0, tail), exact, since_seq)
+    since_seq = 0
+    if spec.since is not None and not standing.is_unread(spec.since.seq):
+        since_seq = spec.since.seq if holds(source, state, spec.since) is not False else 0
+    fit = _choose(source, h, state, spec, max(0, tail), exact, since_seq, floor)
     if fit[0] == FIT_NOTHING:
         raise _too_small(spec, spec.reserve + fixed + spec.new_tokens + fit[1])
     _, first_seq, tail_tokens, messages, frames, ranges, before_seq, last_chain = fit
@@ -296,7 +356,12 @@ def build(source: Source, h: bytes, state: State, spec: Spec, standing: Standing
     if before_seq > covered:
         # The instructions are shown wherever they stand.
         shown = instructions[0] if instructions else 0
-        for low, high in ((covered + 1, min(before_seq, shown - 1)), (max(covered, shown) + 1, before_seq)):
+        left_out = [(covered + 1, min(before_seq, shown - 1)), (max(covered, shown) + 1, before_seq)]
+        for first, last in standing.unread:
+            left_out = [
+                part for low, high in left_out for part in ((low, min(high, first - 1)), (max(low, last + 1), high))
+            ]
+        for low, high in left_out:
             if low <= high:
                 receipt.omitted.add(first_seq=low, last_seq=high)
     pins = pin_protos(state)

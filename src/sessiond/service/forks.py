@@ -66,10 +66,7 @@ class Forks:
         made = await self._own.off_loop(
             forking.make, parts.segments, parts.node, parent, at, fork_h, session_id, parts.latest_ms()
         )
-        creating = asyncio.ensure_future(self._own.off_loop(self._create, made))
-        self._own.creating.add(creating)
-        creating.add_done_callback(self._own.creating.discard)
-        created = await asyncio.shield(creating)
+        created = await self._own.create(self._create, made)
         session = await self._known(call, request, fork_h, epoch, seq)
         if session is None:
             raise Unavailable("STORE_UNAVAILABLE", f"The fork {session_id!r} was made and can't be found.")

@@ -313,6 +313,13 @@ class Ownership:
         while self.creating or self._claiming:
             await asyncio.wait({*self.creating, *self._claiming.values()})
 
+    async def create(self, work: Callable[..., bool], *arguments: Any) -> bool:
+        """Whether work made a session; it goes on where the caller gives up, and a drain waits for it."""
+        creating = asyncio.ensure_future(self.off_loop(work, *arguments))
+        self.creating.add(creating)
+        creating.add_done_callback(self.creating.discard)
+        return await asyncio.shield(creating)
+
     def start_claim(self, h: bytes, cold: Cold, loss: list[int] | None) -> asyncio.Task[bool]:
         """Take the session; one claim at a time."""
         task = self._claiming.get(h)

@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol
 
 from sessiond.core import rules
-from sessiond.errors import SessiondError, Unavailable
+from sessiond.errors import REASONS, SessiondError, Unavailable
 from sessiond.service.ownership import Call, OwnedElsewhere, Ownership, Parts, draining
 from sessiond.tiers.hot.rows import PHASE_OWNED, PHASE_RELEASING
 from sessiond.tiers.peers import ALIVE, GONE, Owner
-from sessiond.v1 import node_pb2
+from sessiond.v1 import node_pb2, session_pb2
 
 # Sessions of which it is remembered who owned them last.
 HINTS_MAX: Final = 262_144
@@ -266,6 +266,33 @@ class Router:
         finally:
             if not asking.done():
                 asking.cancel()
+
+    async def ask_to_resume(self, call: Call, node: Owner, request: session_pb2.ResumeSessionRequest) -> bytes | None:
+        """A node's reply to a resume that may be its own to answer; None if it can't read the session either.
+
+        Raises Refused as it does to a call that only its owner judges, Unavailable where it does not say.
+        """
+        forward = node_pb2.ForwardRequest(
+            method="ResumeSession",
+            request=request.SerializeToString(),
+            tenant=call.tenant,
+            incarnation=node.incarnation,
+            from_node=self._parts.node.name,
+        )
+        where = {"session_id": request.session_id, "owner_node": node.name}
+        try:
+            response = await self._asked(call, node, forward, PATIENCE_MS)
+        except PeerUnreachable as error:
+            raise Unavailable("OWNER_UNREACHABLE", f"Node {node.name!r} does not answer.", where) from error
+        if not response.status:
+            return None if response.not_owner else bytes(response.reply)
+        reason = self._peers.reason(response.status)
+        status = REASONS[reason].status if reason in REASONS else "UNAVAILABLE"
+        if status == "DATA_LOSS":
+            return None
+        if status in ("NOT_FOUND", "INVALID_ARGUMENT"):
+            raise Refused(response.status, reason)
+        raise Unavailable("OWNER_UNREACHABLE", f"Node {node.name!r} does not say whether it has it.", where)
 
     async def _lives(self, owner: Owner) -> bool:
         """Whether the owner's lease moves, as far as can be seen: where the store says nothing, nobody is given up."""

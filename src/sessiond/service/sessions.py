@@ -28,6 +28,7 @@ from sessiond.errors import (
     Unimplemented,
 )
 from sessiond.service import context as contexts
+from sessiond.service import reset
 from sessiond.service.context import ColdSource, HotSource, Source, Standing
 from sessiond.service.ownership import (
     INLINE_COUNT_BYTES_MAX,
@@ -79,6 +80,7 @@ from sessiond.tiers.hydrate import (
     indexed_session,
     orphan_frames,
 )
+from sessiond.tiers.pins import is_gone
 from sessiond.v1 import context_pb2, session_pb2, turn_pb2
 
 LIST_PAGE_MAX: Final = 200
@@ -90,6 +92,10 @@ PAGE_BYTES_MAX: Final = 3 * 1024**2
 CONFLICT_TAIL_BYTES_MAX: Final = 1024**2
 # A read that keeps finding the session changed under it gives up.
 ATTEMPTS_MAX: Final = 64
+# Sessions that are warmed at one time; a hint beyond that is passed over.
+WARMING_MAX: Final = 256
+# A hint waits for so long to hear that there is no such session, or that another node owns it.
+WARM_WAIT_S: Final = 0.1
 # Left of a caller's deadline for the reply itself.
 REPLY_MARGIN_MS: Final = 20
 
@@ -105,6 +111,9 @@ class Sessions:
         self._own = self.ownership = ownership or Ownership(parts)
         self.rungs = dict.fromkeys(("HOT", "CLOUD", "PARTIAL", "RESET"), 0)
         self.turns_appended = 0
+        self._warming: set[asyncio.Future[None]] = set()
+        # How another node is asked, where there are others; the daemon sets it.
+        self.ask: reset.Ask | None = None
 
     def _hash(self, call: Call, session_id: str) -> bytes:
         return rules.session_hash(self._parts.bucket.hash_key, call.tenant, check_session_id(session_id))
@@ -124,24 +133,14 @@ class Sessions:
         now_ms = self._parts.latest_ms()
         if request.created_at_unix_ms >= 1 << 47:
             raise invalid("INVALID_CONTEXT", "created_at_unix_ms", "it lies beyond the year 6429")
-        birth = {
-            "created_ms": request.created_at_unix_ms or now_ms,
-            "metadata": metadata,
-            "forked_from": "",
-            "forked_epoch": 0,
-            "forked_seq": 0,
-            "reset_of": "",
-        }
+        birth = new_birth(request.created_at_unix_ms or now_ms, metadata)
         known = self._own.peek(h)
         created = False
         if known is None or known.phase == PHASE_CLAIMING:
             manifest = first_manifest(
                 self._parts.node, call.tenant, session_id, request.user_id, h, birth, policy, now_ms
             )
-            creating = asyncio.ensure_future(self._own.off_loop(self._parts.claims.create, manifest))
-            self._own.creating.add(creating)
-            creating.add_done_callback(self._own.creating.discard)
-            created = await asyncio.shield(creating)
+            created = await self._own.create(self._parts.claims.create, manifest)
         try:
             session = await self.describe(call, h, session_id, request.user_id)
         except NotFound as error:
@@ -344,12 +343,52 @@ class Sessions:
         """The active context within a budget: ActiveContext's wire bytes."""
         h = self._hash(call, request.session_id)
         check_user_id(request.user_id)
-        if request.reset_to_session_id:
-            raise not_served("reset_to_session_id")
+        new_id = request.reset_to_session_id
+        if not new_id:
+            return await self._resume(call, h, request)
+        check_session_id(new_id, "reset_to_session_id")
+        if new_id == request.session_id:
+            raise invalid("INVALID_SESSION_ID", "reset_to_session_id", "it is the id of the session that is lost")
+        if request.read_only:
+            what = "it makes a session, which read_only rules out"
+            raise invalid("INVALID_CONTEXT", "reset_to_session_id", what)
+        try:
+            return await self._resume(call, h, request)
+        except Corrupt as error:
+            if not reset.is_for_good(error):
+                raise
+            lost = error
+        return await self._reset(call, h, request, lost)
+
+    async def _reset(self, call: Call, h: bytes, request: session_pb2.ResumeSessionRequest, lost: Corrupt) -> bytes:
+        """Make a session in the place of a lost one, and resume that; the same again once it is there."""
+        parts, new_id = self._parts, request.reset_to_session_id
+        elsewhere = await reset.asked_elsewhere(parts, self._own, self.ask, call, request, lost)
+        if elsewhere is not None:
+            return session_pb2.ResumeSessionResponse.FromString(elsewhere).context.SerializeToString()
+        left = await reset.what_is_left(parts, self._own, h, request.session_id, request.user_id)
+        new_h = self._hash(call, new_id)
+        if self._own.draining:
+            raise draining()
+        self._own.check_not_fenced()
+        known = self._own.peek(new_h)
+        if known is None or known.phase == PHASE_CLAIMING:
+            now_ms = parts.latest_ms()
+            birth = new_birth(now_ms, left.metadata) | {"reset_of": request.session_id}
+            manifest = first_manifest(parts.node, call.tenant, new_id, left.user, new_h, birth, left.policy, now_ms)
+            await self._own.create(parts.claims.create, manifest)
+        await reset.check_linked(parts, self._own, new_h, new_id, request.session_id)
+        fresh = session_pb2.ResumeSessionRequest(session_id=new_id, user_id=request.user_id, context=request.context)
+        return await self._resume(call, new_h, fresh, reset_of=request.session_id)
+
+    async def _resume(
+        self, call: Call, h: bytes, request: session_pb2.ResumeSessionRequest, reset_of: str = ""
+    ) -> bytes:
         if request.HasField("accept_missing"):
             await self._accept_missing(call, h, request)
         spec: Spec | None = None
         fetched = False
+        unread: list[context_pb2.MissingRange] = []
         for _ in range(ATTEMPTS_MAX):
             tenure = self._own.tenure()
             with self._hot.read() as transaction:
@@ -364,6 +403,8 @@ class Sessions:
                         standing = self._standing(request, head, state, source, tenure)
                         if fetched and standing.rung == context_pb2.RUNG_HOT:
                             standing.rung = context_pb2.RUNG_CLOUD
+                        note_unread(standing, unread)
+                        note_reset(standing, reset_of)
                         try:
                             reply = contexts.build(source, h, state, spec, standing)
                         except log.HistoryNeeded as error:
@@ -376,11 +417,16 @@ class Sessions:
                 if head is not None and head.phase == PHASE_DOUBTED:
                     await self._own.settle_doubt(h)
                     continue
-                return await self._resume_cold(call, h, request)
+                return await self._resume_cold(call, h, request, reset_of)
             if spec is None:
                 spec = await self._spec(request.context, head.policy)
                 continue
-            await self._own.backfill(h, needed)
+            try:
+                await self._own.backfill(h, needed)
+            except Corrupt as error:
+                with self._hot.read() as transaction:
+                    manifest = decode_committed(h, transaction.get("manifests", h))
+                await self._pass_over(manifest, needed.last_seq, unread, error)
             fetched = True
         else:
             raise Unavailable("NOT_OWNER", f"Session {request.session_id!r} keeps changing.", retry_after_ms=100)
@@ -440,7 +486,7 @@ class Sessions:
                     continue  # all that this caller had acknowledged is in the log
                 if proved is None and not accepted and acked.seq <= standing.head_seq:
                     continue  # by seq alone: it was appended again since
-                if accepted and accepts < epoch:
+                if accepted and accepts != epoch:
                     # Others went on without these turns; whoever had them acknowledged must hear of it.
                     lost = context_pb2.MissingRange(first_seq=after_seq + 1, last_seq=acked.seq, epoch=epoch)
                     lost.reason = reason  # type: ignore[assignment]
@@ -448,7 +494,7 @@ class Sessions:
                     continue
             standing.missing += self._missing([row])
         beyond = knows and acked.seq > standing.head_seq
-        unlike = proved is False and not beyond and not standing.missing and accepts < acked.epoch
+        unlike = proved is False and not beyond and not standing.missing and accepts != acked.epoch
         if beyond or unlike:
             standing.stale = True
             standing.missing.append(
@@ -485,7 +531,7 @@ class Sessions:
             what = "it changes the session, which read_only rules out"
             raise invalid("INVALID_CONTEXT", "accept_missing", what)
         await self._own.take(call, h, request.session_id, request.user_id)
-        await self._settle_loss(h, lambda row: row[0] <= request.accept_missing, accepted=True)
+        await self._settle_loss(h, lambda row: row[0] == request.accept_missing, accepted=True)
 
     async def _note_reached(self, h: bytes, request: session_pb2.ResumeSessionRequest) -> None:
         """A caller had turns acknowledged that were lost, and the log has reached them again: they were re-appended."""
@@ -524,7 +570,29 @@ class Sessions:
 
         await self._hot.run(operation)
 
-    async def _resume_cold(self, call: Call, h: bytes, request: session_pb2.ResumeSessionRequest) -> bytes:
+    async def _pass_over(
+        self, manifest: Manifest, seq: int, unread: list[context_pb2.MissingRange], error: Corrupt
+    ) -> None:
+        """Note that the parent's segment with this turn can't be read, so that a fork is served without it.
+
+        Raises the error where it is about a segment of the session's own, or was noted before.
+        """
+        rows = await self._own.off_loop(self._parts.segments.rows, manifest)
+        row = next((row for row in rows if row[1] <= seq <= row[2]), None)
+        if row is None or not row[8] or not reset.is_for_good(error):
+            raise error
+        first, last, reason = int(row[1]), int(row[2]), context_pb2.MISSING_REASON_SEGMENT_UNREADABLE
+        gone = error.reason == "MISSING_SEGMENT" and await self._own.off_loop(is_gone, self._parts.store, row[8])
+        if gone:
+            theirs = [other for other in rows if other[8] == row[8]]
+            first, last, reason = int(theirs[0][1]), int(theirs[-1][2]), context_pb2.MISSING_REASON_PARENT_ERASED
+        if any(known.first_seq <= seq <= known.last_seq for known in unread):
+            raise error
+        unread.append(context_pb2.MissingRange(first_seq=first, last_seq=last, reason=reason))
+
+    async def _resume_cold(
+        self, call: Call, h: bytes, request: session_pb2.ResumeSessionRequest, reset_of: str
+    ) -> bytes:
         """Serve a session from the cloud tier, and claim it behind the reply where no live node owns it."""
         cold = await self._own.cold(h, request.session_id, request.user_id)
         manifest = cold.manifest
@@ -549,15 +617,20 @@ class Sessions:
             standing.rung = context_pb2.RUNG_PARTIAL
             standing.missing.append(unreachable(manifest))
             standing.notice = standing.notice or "The newest part of this conversation can't be reached at the moment."
+        note_reset(standing, reset_of)
+        unread: list[context_pb2.MissingRange] = []
         for _ in range(ATTEMPTS_MAX * 16):
             try:
                 reply = contexts.build(source, h, state, spec, standing)
                 break
             except log.HistoryNeeded as error:
-                first_seq, last_seq, frames = await self._own.off_loop(
-                    self._parts.segments.covering, manifest, error.first_seq
-                )
-                source.add(first_seq, last_seq, frames)
+                needed = error
+            try:
+                fetched = await self._own.off_loop(self._parts.segments.covering, manifest, needed.first_seq)
+                source.add(*fetched)
+            except Corrupt as error:
+                await self._pass_over(manifest, needed.first_seq, unread, error)
+                note_unread(standing, unread[-1:])
         else:
             raise Unavailable("STORE_UNAVAILABLE", "The window needs too many segments.")
         if (
@@ -571,6 +644,52 @@ class Sessions:
             self._own.note_resumed(h)
         self._count_rung(standing.rung)
         return reply
+
+    # Warm --------------------------------------------------------------------------------------------------------
+
+    async def warm(self, call: Call, request: session_pb2.WarmSessionRequest) -> session_pb2.WarmSessionResponse:
+        """Have a session hot soon; the reply does not wait for it. Only a session that is not there is refused."""
+        h = self._hash(call, request.session_id)
+        check_user_id(request.user_id)
+        head = self._own.peek(h)
+        if head is not None and head.phase == PHASE_OWNED:
+            self._own.admit(request.session_id, head, request.user_id)
+            self._own.note_resumed(h)
+            return session_pb2.WarmSessionResponse(hot=True)
+        if self._own.draining or len(self._warming) >= WARMING_MAX or self._hot.is_full():
+            return session_pb2.WarmSessionResponse()
+        looking = asyncio.ensure_future(self._look_to_warm(call, h, request))
+        self._warming.add(looking)
+        looking.add_done_callback(self._warmed)
+        await asyncio.wait({looking}, timeout=WARM_WAIT_S)
+        if looking.done() and isinstance(looking.exception(), (NotFound, OwnedElsewhere)):
+            looking.result()
+        return session_pb2.WarmSessionResponse()
+
+    def _warmed(self, task: asyncio.Future[None]) -> None:
+        self._warming.discard(task)
+        if not task.cancelled():
+            task.exception()  # a hint: whoever resumes the session hears of it
+
+    async def _look_to_warm(self, call: Call, h: bytes, request: session_pb2.WarmSessionRequest) -> None:
+        await self._own.settle_doubt(h)
+        cold = await self._own.cold(h, request.session_id, request.user_id)
+        if self._own.lifecycle(cold.manifest) != LIFECYCLE_ACTIVE:
+            return  # what is read-only needs no owner
+        found = await self._own.succession(call, cold)
+        if found.takeable and not self._own.draining and not self._parts.lease.lost:
+            claiming = self._own.start_claim(h, cold, found.loss)
+            self._own.note_resumed(h)
+            filling = asyncio.ensure_future(self._fill_warm(h, claiming))
+            self._warming.add(filling)
+            filling.add_done_callback(self._warmed)
+
+    async def _fill_warm(self, h: bytes, claiming: asyncio.Task[bool]) -> None:
+        """Fetch the newest turns of a session whose manifest has none: a fork, or one whose newest turn is large."""
+        await asyncio.shield(claiming)
+        head = self._own.peek(h)
+        if head is not None and head.phase == PHASE_OWNED and 1 < head.hot_first == head.head_seq + 1:
+            await self._own.backfill(h, log.HistoryNeeded(head.head_seq, head.head_seq))
 
     # Append ------------------------------------------------------------------------------------------------------
 
@@ -1012,6 +1131,36 @@ def missing_turns(h: bytes, frames: bytes, entries: bytes, after_seq: int, bytes
         pieces.append(bytes(frame))
         size += len(frame)
     return b"".join(pieces), 0
+
+
+def new_birth(created_ms: int, metadata: dict[str, str]) -> dict[str, Any]:
+    """The birth of a session of its own: no fork, and in the place of none."""
+    return {
+        "created_ms": created_ms,
+        "metadata": metadata,
+        "forked_from": "",
+        "forked_epoch": 0,
+        "forked_seq": 0,
+        "reset_of": "",
+    }
+
+
+def note_unread(standing: Standing, unread: list[context_pb2.MissingRange]) -> None:
+    """Turns of a fork's parent that can't be read are missing."""
+    if not unread:
+        return
+    standing.missing += unread
+    standing.unread += [(missing.first_seq, missing.last_seq) for missing in unread]
+    if standing.rung != context_pb2.RUNG_RESET:
+        standing.rung = context_pb2.RUNG_PARTIAL
+    first, last = unread[-1].first_seq, unread[-1].last_seq
+    standing.notice = standing.notice or f"Messages {first} to {last} of this conversation can't be read any more."
+
+
+def note_reset(standing: Standing, reset_of: str) -> None:
+    """The session stands in the place of a lost one."""
+    if reset_of:
+        standing.rung, standing.reset_of, standing.notice = context_pb2.RUNG_RESET, reset_of, reset.NOTICE
 
 
 def core_digest(content: bytes) -> bytes:

@@ -185,6 +185,8 @@ class Server:
             self._in_flight += 1
             try:
                 if self._in_flight > self._calls_max:
+                    if name == "WarmSession":
+                        return b""  # a hint that nobody has time for; its reply says that nothing is hot
                     raise Exhausted("OVERLOADED", f"{self._calls_max} calls are being answered.")
                 if own is not None:
                     return await own(raw, context)
@@ -332,6 +334,8 @@ class Server:
                 self._router.visited(name, call, request, node)
         except OwnedElsewhere:
             return node_pb2.ForwardResponse(not_owner=True).SerializeToString()
+        except Refused as refused:
+            return node_pb2.ForwardResponse(status=refused.status).SerializeToString()
         except SessiondError as error:
             return node_pb2.ForwardResponse(status=status_proto(error).SerializeToString()).SerializeToString()
         return node_pb2.ForwardResponse(reply=answer).SerializeToString()
