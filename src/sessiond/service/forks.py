@@ -44,6 +44,8 @@ class Forks:
         self._parts = parts
         self._own = ownership
         self._sessions = sessions
+        # Forks that are being made: whoever asks for the same one meanwhile finds it afterwards.
+        self._making: dict[bytes, asyncio.Event] = {}
 
     async def fork(self, call: Call, request: session_pb2.ForkSessionRequest) -> session_pb2.ForkSessionResponse:
         """Make a fork, or return the one that has this id and was forked at this turn already."""
@@ -57,6 +59,25 @@ class Forks:
             raise exists(session_id)
         fork_h = rules.session_hash(key, call.tenant, session_id)
         self._own.check_not_fenced()
+        while (making := self._making.get(fork_h)) is not None:
+            await making.wait()
+        made = self._making[fork_h] = asyncio.Event()
+        try:
+            return await self._fork(call, request, h, fork_h, session_id, epoch, seq)
+        finally:
+            del self._making[fork_h]
+            made.set()
+
+    async def _fork(
+        self,
+        call: Call,
+        request: session_pb2.ForkSessionRequest,
+        h: bytes,
+        fork_h: bytes,
+        session_id: str,
+        epoch: int,
+        seq: int,
+    ) -> session_pb2.ForkSessionResponse:
         if request.new_session_id and (known := await self._known(call, request, fork_h, epoch, seq)):
             return session_pb2.ForkSessionResponse(session=known, created=False)
         if self._own.draining:

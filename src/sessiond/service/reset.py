@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from sessiond.core import state as states
+from sessiond.core.manifest import LIFECYCLE_DELETED
 from sessiond.errors import REASONS, Conflict, Corrupt, Unavailable
 from sessiond.service.ownership import Call, Ownership, Parts, check_user
 from sessiond.tiers.hot import log
@@ -89,7 +90,10 @@ async def what_is_left(parts: Parts, own: Ownership, h: bytes, session_id: str, 
 
 
 async def check_linked(parts: Parts, own: Ownership, h: bytes, session_id: str, lost_id: str) -> None:
-    """The session that has the new id is the one that a RESET made. Raises Conflict SESSION_EXISTS, Unavailable."""
+    """The session that has the new id is the one that a RESET made.
+
+    Raises Conflict SESSION_EXISTS, NotFound SESSION_DELETED, Unavailable.
+    """
     head = own.peek(h)
     if head is not None and head.phase == PHASE_OWNED:
         with parts.hot.read() as transaction:
@@ -98,6 +102,8 @@ async def check_linked(parts: Parts, own: Ownership, h: bytes, session_id: str, 
         cold = await own.load(h)
         if cold is None:
             raise Unavailable("STORE_UNAVAILABLE", f"The session {session_id!r} was made and can't be found.")
+        if cold.manifest.lifecycle == LIFECYCLE_DELETED:
+            raise log.deleted(session_id)
         birth = cold.manifest.birth
     if birth.get("reset_of") != lost_id:
         raise Conflict(
