@@ -16,7 +16,7 @@ import pytest
 from sessiond import config
 from sessiond.demo import sample
 from sessiond.testing import Daemon, running_daemon
-from sessiond.v1 import admin_pb2, context_pb2, session_pb2, turn_pb2
+from sessiond.v1 import admin_pb2, context_pb2, session_pb2, state_pb2, turn_pb2
 from sessiond.verify import verify
 from tests import airline
 from tests.e2e import stores
@@ -370,6 +370,31 @@ def test_a_tool_call_that_is_open_where_it_is_forked_is_answered_in_each(wire: W
     wire.append("b", tool_result("n3", "c1", "there"), assistant("n4", "done"))
     assert refusal(wire.append, "a", tool_result("t4", "c1", "twice")).reason == "TOOL_RESULT_WITHOUT_CALL"
     assert [turn.turn_id for turn in wire.resume("b").turns] == ["t1", "t2", "n3", "n4"]
+
+
+def test_a_fork_takes_the_blobs_of_its_parent_along_and_each_keeps_its_own(daemon: Daemon, wire: Wire) -> None:
+    def put_state(session: str, value: bytes) -> int:
+        scope = state_pb2.StateScope(session_id=session)
+        request = state_pb2.PutStateRequest(scope=scope, key="plan", content=value, write_id=f"{session}-{value!r}")
+        return wire.states.PutState(request, timeout=30).header.version
+
+    def get_state(session: str) -> bytes:
+        scope = state_pb2.StateScope(session_id=session)
+        return wire.states.GetState(state_pb2.GetStateRequest(scope=scope, key="plan"), timeout=30).content
+
+    talk(wire, "a")
+    put_state("a", b"one")
+    put_state("a", b"two")
+    fork(wire, "a", "b", 5)
+    assert (get_state("a"), get_state("b")) == (b"two", b"two")
+    put_state("b", b"mine")
+    assert delete(wire, "a")
+    fork(wire, "b", "c", 3)
+    wire = restart_without_rows(daemon, wire)
+    assert (get_state("b"), get_state("c")) == (b"mine", b"mine")
+    wire.close()
+    assert daemon.terminate() == 0
+    check_clean(daemon)
 
 
 def test_a_forks_time_to_live_begins_with_it(wire: Wire) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Final
 from sessiond.core import forks, rules
 from sessiond.core.layout import FLAG_BOUNDARY, Header
 from sessiond.core.manifest import LIFECYCLE_DELETED, PINS_MAX, Manifest
-from sessiond.errors import Conflict, Exhausted, Unavailable
+from sessiond.errors import Conflict, Corrupt, Exhausted, Unavailable
 from sessiond.service.ownership import (
     OWN_ATTEMPTS_MAX,
     Call,
@@ -29,12 +29,15 @@ from sessiond.service.prepare import check_session_id, check_user_id, invalid
 from sessiond.service.sessions import Sessions, wait_until
 from sessiond.tiers import fork as forking
 from sessiond.tiers import pins
+from sessiond.tiers.blobs import copy_blobs
 from sessiond.tiers.hot import log
 from sessiond.tiers.hot.rows import PHASE_CLAIMING, PHASE_OWNED, decode_committed
 from sessiond.v1 import session_pb2
 
 # Left of a caller's deadline for the reply itself.
 REPLY_MARGIN_MS: Final = 20
+# A parent whose blobs are written all the time is read so often.
+BLOBS_ATTEMPTS_MAX: Final = 4
 
 
 class Forks:
@@ -82,16 +85,26 @@ class Forks:
             return session_pb2.ForkSessionResponse(session=known, created=False)
         if self._own.draining:
             raise draining()
-        parent, at = await self._pinned(call, request, h, fork_h, session_id, epoch, seq)
-        parts = self._parts
-        made = await self._own.off_loop(
-            forking.make, parts.segments, parts.node, parent, at, fork_h, session_id, parts.latest_ms()
-        )
+        for attempt in range(BLOBS_ATTEMPTS_MAX):
+            parent, at = await self._pinned(call, request, h, fork_h, session_id, epoch, seq)
+            try:
+                made = await self._own.off_loop(self._make, parent, at, fork_h, session_id)
+                break
+            except Corrupt as error:
+                # A blob that was written again meanwhile; by the next manifest its object is another one.
+                if error.reason != "MISSING_BLOB" or attempt == BLOBS_ATTEMPTS_MAX - 1:
+                    raise
         created = await self._own.create(self._create, made)
         session = await self._known(call, request, fork_h, epoch, seq)
         if session is None:
             raise Unavailable("STORE_UNAVAILABLE", f"The fork {session_id!r} was made and can't be found.")
         return session_pb2.ForkSessionResponse(session=session, created=created)
+
+    def _make(self, parent: Manifest, at: Header, h: bytes, session_id: str) -> forking.Fork:
+        parts = self._parts
+        made = forking.make(parts.segments, parts.node, parent, at, h, session_id, parts.latest_ms())
+        made.manifest.state_keys = copy_blobs(parts.store, parent, made.manifest, parts.claims.put_object)
+        return made
 
     def _create(self, made: forking.Fork) -> bool:
         if made.index is not None:

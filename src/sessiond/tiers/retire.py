@@ -68,7 +68,8 @@ def remove_objects(
         for prefix in (f"s/{h.hex()}/", f"o/{h.hex()}/", f"b/{h.hex()}/"):
             start_after = ""
             while True:
-                keys = [row.key for row in store.list(prefix, start_after, left + 1)]
+                asked = left + 1
+                keys = [row.key for row in store.list(prefix, start_after, asked)]
                 for key in keys:
                     if 0 < first_seq_of(key) <= pinned_seq:
                         continue
@@ -76,7 +77,7 @@ def remove_objects(
                         return False
                     store.delete(key)
                     left -= 1
-                if len(keys) <= left:
+                if len(keys) < asked:
                     break
                 start_after = keys[-1]
         store.delete(bucket.user_index_key(was.tenant, was.user, created_ms, h))
