@@ -93,6 +93,8 @@ class Server:
         # What a node that starts says it waits for.
         self.waits_for = ""
         self.shut_down = asyncio.Event()
+        # Twice our own limits and room for health: what is above ours must get as far as its details.
+        rpcs_max = 2 * (concurrent_calls_max + watchers_max) + 64
         self._server = grpc.aio.server(
             options=[
                 ("grpc.max_receive_message_length", TRANSPORT_BYTES_MAX),
@@ -104,9 +106,12 @@ class Server:
                 ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
                 ("grpc.http2.max_ping_strikes", 5),
+                # Beyond 1,000 calls that came and were not taken up yet gRPC cancels new ones at random, and says not
+                # why: thousands of devices come back at once after a restart.
+                ("grpc.server.max_pending_requests", rpcs_max),
+                ("grpc.server.max_pending_requests_hard_limit", rpcs_max),
             ],
-            # Twice our own limits and room for health: what is above ours must get as far as its details.
-            maximum_concurrent_rpcs=2 * (concurrent_calls_max + watchers_max) + 64,
+            maximum_concurrent_rpcs=rpcs_max,
         )
         for service in SERVICES:
             handlers = {
