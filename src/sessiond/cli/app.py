@@ -27,6 +27,7 @@ COMMANDS: Final = {
     "show": "Show a session and its checkpoints.",
     "orphans": "Show acknowledged turns that are not in a session's log, and append them again.",
     "fork": "Make a session that begins with the turns of another one.",
+    "watch": "Print the turns of a session as they come.",
     "delete": "Delete sessions for ever.",
     "state": "Read, write, delete and list blobs of a session or of a user.",
     "stats": "Show what a daemon is doing.",

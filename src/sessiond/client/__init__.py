@@ -31,6 +31,7 @@ from sessiond.client.turns import (
     tool_result,
     user,
 )
+from sessiond.client.watching import AsyncWatch, Watch
 from sessiond.errors import (
     Conflict,
     Corrupt,
@@ -46,6 +47,7 @@ from sessiond.errors import (
 __all__ = [
     "AppendResult",
     "AsyncClient",
+    "AsyncWatch",
     "Client",
     "ClientError",
     "Conflict",
@@ -59,6 +61,7 @@ __all__ = [
     "SessiondError",
     "Unavailable",
     "Unimplemented",
+    "Watch",
     "again",
     "assistant",
     "context_spec",

@@ -8,16 +8,28 @@ from __future__ import annotations
 import asyncio
 import copy
 import functools
+import weakref
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 import grpc
 
-from sessiond.client.calls import DRAIN_S_MAX, TIMEOUT_S, Call, Calls, ChannelKey, Listing, Reappended
+from sessiond.client.calls import (
+    DRAIN_S_MAX,
+    TIMEOUT_S,
+    AppendResult,
+    Call,
+    Calls,
+    ChannelKey,
+    Listing,
+    PositionLike,
+    Reappended,
+)
 from sessiond.client.context import Context
 from sessiond.client.failures import failure_of
 from sessiond.client.routes import CHANNELS_MAX
+from sessiond.client.watching import AsyncWatch
 from sessiond.errors import SessiondError
 from sessiond.v1 import admin_pb2, admin_pb2_grpc, session_pb2_grpc, state_pb2_grpc, turn_pb2
 
@@ -121,6 +133,7 @@ class AsyncClient:
     ) -> None:
         self.calls = Calls(server, timeout_s, retry_s, channel_options, resend, redirects)
         self._channels = _Channels(self.calls)
+        self._watches: weakref.WeakSet[AsyncWatch] = weakref.WeakSet()
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -129,7 +142,9 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """Give the connection back; calls under way are cancelled."""
+        """Give the connection back; calls under way are cancelled, and watches end."""
+        for watch in list(self._watches):
+            watch.close()
         await self._channels.close()
 
     def within(self, timeout_s: float, retry_s: float | None = None) -> AsyncClient:
@@ -221,6 +236,14 @@ class AsyncClient:
         except StopIteration as end:
             outcome: Reappended = end.value
             return outcome
+
+    def watch(
+        self, session_id: str, *, after: PositionLike | AppendResult | Context | None = None, user_id: str = ""
+    ) -> AsyncWatch:
+        """As `Client.watch`, to be iterated with `async for`."""
+        watch = AsyncWatch(self.calls.watch(session_id, after=after, user_id=user_id), self._channels.stub)
+        self._watches.add(watch)
+        return watch
 
     async def resend(self, session_id: str, budget_tokens: int = 0, **resume: Any) -> Context:
         """Append again, under their own turn_ids, the turns that the cloud tier may lack, then resume.

@@ -6,6 +6,7 @@ sent. It opens no channel and waits for nothing.
 
 from __future__ import annotations
 
+import math
 import os
 import uuid
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -21,6 +22,7 @@ from sessiond.client.failures import Attempts, item_error, make
 from sessiond.client.routes import CONNECT_MS, Route, Routes, ring_options
 from sessiond.client.turns import TurnLike, enum, policy_proto, to_message, to_turns
 from sessiond.client.unconfirmed import Unconfirmed
+from sessiond.client.watching import Following
 from sessiond.errors import Conflict, Invalid, SessiondError
 from sessiond.v1 import admin_pb2, context_pb2, session_pb2, state_pb2, turn_pb2
 
@@ -198,10 +200,11 @@ class Calls:
         self._channel_options = channel_options or {}
         self.unconfirmed = Unconfirmed() if resend else None
 
-    def attempts(self, call: Call[Any]) -> Attempts:
-        """The attempts at one call, from now on."""
+    def attempts(self, call: Call[Any], *, endless: bool = False) -> Attempts:
+        """The attempts at one call, from now on. endless: it is tried again for as long as that can help."""
         route = Route(self.routes, call.session_id, one_node=call.service == "AdminService")
-        return Attempts(self.server, self.timeout_s, self.retry_s, route)
+        timeout_s, retry_s = (math.inf, None) if endless else (self.timeout_s, self.retry_s)
+        return Attempts(self.server, timeout_s, retry_s, route)
 
     @property
     def node(self) -> ChannelKey:
@@ -539,6 +542,15 @@ class Calls:
         """The newest checkpoints, at most five, newest first."""
         request = session_pb2.ListCheckpointsRequest(session_id=session_id, user_id=user_id)
         return _session_call("ListCheckpoints", request, lambda reply: reply.checkpoints)
+
+    # Watching ----------------------------------------------------------------------------------------------------
+
+    def watch(
+        self, session_id: str, *, after: PositionLike | AppendResult | Context | None = None, user_id: str = ""
+    ) -> Following:
+        """What is told of a session from now on, or after a turn; see `Client.watch`."""
+        request = session_pb2.WatchSessionRequest(session_id=session_id, user_id=user_id, after=_position(after))
+        return Following(self, _session_call("WatchSession", request, _itself))
 
     # Blobs -------------------------------------------------------------------------------------------------------
 

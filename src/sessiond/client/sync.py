@@ -9,16 +9,28 @@ import copy
 import functools
 import threading
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 import grpc
 
-from sessiond.client.calls import DRAIN_S_MAX, TIMEOUT_S, Call, Calls, ChannelKey, Listing, Reappended
+from sessiond.client.calls import (
+    DRAIN_S_MAX,
+    TIMEOUT_S,
+    AppendResult,
+    Call,
+    Calls,
+    ChannelKey,
+    Listing,
+    PositionLike,
+    Reappended,
+)
 from sessiond.client.context import Context
 from sessiond.client.failures import failure_of
 from sessiond.client.routes import CHANNELS_MAX
+from sessiond.client.watching import Watch
 from sessiond.errors import SessiondError
 from sessiond.v1 import admin_pb2, admin_pb2_grpc, session_pb2_grpc, state_pb2_grpc, turn_pb2
 
@@ -121,6 +133,7 @@ class Client:
     ) -> None:
         self.calls = Calls(server, timeout_s, retry_s, channel_options, resend, redirects)
         self._channels = _Channels(self.calls)
+        self._watches: weakref.WeakSet[Watch] = weakref.WeakSet()
 
     def __enter__(self) -> Client:
         return self
@@ -129,7 +142,9 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Give the connection back; calls under way are cancelled."""
+        """Give the connection back; calls under way are cancelled, and watches end."""
+        for watch in list(self._watches):
+            watch.close()
         self._channels.close()
 
     def within(self, timeout_s: float, retry_s: float | None = None) -> Client:
@@ -218,6 +233,20 @@ class Client:
         except StopIteration as end:
             outcome: Reappended = end.value
             return outcome
+
+    def watch(
+        self, session_id: str, *, after: PositionLike | AppendResult | Context | None = None, user_id: str = ""
+    ) -> Watch:
+        """The session's events from now on, or after a turn: new turns, checkpoint versions, what the cloud tier has.
+
+        after: the last turn that the caller holds (0 for none); with its chain, as replies give it, what follows surely
+        follows it. It goes on by itself over lost connections, drains and changes of owner, for ever once it was
+        answered; turns come once and in order. An event with `epoch_changed` takes back the turns from its first one
+        on, or above its head if it has none; one with `deleted` is the last. Raises SessiondError where it is refused.
+        """
+        watch = Watch(self.calls.watch(session_id, after=after, user_id=user_id), self._channels.stub)
+        self._watches.add(watch)
+        return watch
 
     def resend(self, session_id: str, budget_tokens: int = 0, **resume: Any) -> Context:
         """Append again, under their own turn_ids, the turns that the cloud tier may lack, then resume.
