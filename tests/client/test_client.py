@@ -785,10 +785,11 @@ def test_a_reason_of_a_newer_daemon_is_an_error_of_its_statuss_kind_and_never_tr
         assert (foreign.value.status, foreign.value.reason) == (code, "BRAND_NEW")
         assert (foreign.value.message, foreign.value.remedy) == ("It is so.", "Do it.")
         assert str(foreign.value) == "It is so. Do it."
-        # Without details, as a proxy refuses.
-        with pytest.raises(kind_of):
-            client.append("s", user("x"))
-    assert len(scripted.requests) == 2
+        # Without details, as a proxy refuses. A node that ends cancels what it was doing: that is tried again.
+        if code != "CANCELLED":
+            with pytest.raises(kind_of):
+                client.append("s", user("x"))
+    assert len(scripted.requests) == (1 if code == "CANCELLED" else 2)
 
 
 def test_a_reason_that_no_call_gives_yet_is_of_its_kind(kind: Any, scripted: Scripted) -> None:
@@ -816,6 +817,37 @@ def test_only_what_says_that_waiting_helps_is_tried_again_and_not_before(kind: A
     # Byte for byte the same: the turn_id was minted once.
     assert len({request for _, request, _ in scripted.requests}) == 1
     assert all(metadata["x-session-id"] == "s" for _, _, metadata in scripted.requests)
+
+
+def test_a_call_that_a_server_gave_up_is_tried_again(kind: Any, scripted: Scripted) -> None:
+    scripted.script = [refuse(grpc.StatusCode.CANCELLED), accept]
+    with kind(scripted.address) as client:
+        assert client.append("s", user("x")).outcome == "APPENDED"
+    assert len({request for _, request, _ in scripted.requests}) == 1
+    assert len(scripted.requests) == 2
+
+
+def test_a_call_that_is_under_way_when_its_client_is_closed_is_not_tried_again(scripted: Scripted) -> None:
+    begun = threading.Event()
+
+    def hang(context: grpc.ServicerContext) -> bytes:
+        begun.set()
+        scripted.release.wait(30)
+        return b""
+
+    scripted.script = [hang]
+    client = Client(scripted.address)
+    with futures.ThreadPoolExecutor(1) as pool:
+        call = pool.submit(client.append, "s", user("x"))
+        assert begun.wait(20)
+        client.close()
+        with pytest.raises(Unavailable) as cancelled:
+            call.result(20)
+        scripted.release.set()
+    assert cancelled.value.reason == "CANCELLED"
+    assert len(scripted.requests) == 1
+    with pytest.raises(ValueError, match="closed"):
+        client.append("s", user("x"))
 
 
 def test_a_repeat_that_would_come_too_late_is_not_waited_for(kind: Any, scripted: Scripted) -> None:

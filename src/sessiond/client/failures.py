@@ -35,6 +35,8 @@ BACKOFF_FIRST_S: Final = 0.05
 BACKOFF_MAX_S: Final = 2.0
 # The least that an attempt is given while another server could still be asked.
 ATTEMPT_MIN_S: Final = 1.0
+# What gRPC says of calls that this side cancelled.
+OUR_OWN: Final = frozenset(("Channel closed!", "Channel closed", "Locally cancelled by application!"))
 _KINDS: Final[dict[str, type[SessiondError]]] = {
     "INVALID_ARGUMENT": Invalid,
     "OUT_OF_RANGE": Invalid,
@@ -86,7 +88,8 @@ def failure_of(error: Any, server: str) -> Failure:
     details = _details(error)
     if details is None:
         text = str(error.details() or "").rstrip(".")
-        if code is grpc.StatusCode.UNAVAILABLE:
+        if code is grpc.StatusCode.UNAVAILABLE or (code is grpc.StatusCode.CANCELLED and text not in OUR_OWN):
+            # Whoever ends while it answers, cancels: to the caller a lost connection like any other.
             return Failure(Unavailable("SERVER_UNREACHABLE", f"No daemon answers at {server}: {text}."), True)
         if code is grpc.StatusCode.DEADLINE_EXCEEDED:
             message = f"{server} did not answer in time; whether the call was carried out is not known."

@@ -85,10 +85,13 @@ class _Channels:
     def __init__(self, calls: Calls) -> None:
         self._calls = calls
         self._lock = threading.Lock()
+        self._closed = False
         self._channels: OrderedDict[ChannelKey, tuple[grpc.Channel, dict[str, Any]]] = OrderedDict()
 
     def stub(self, service: str, key: ChannelKey) -> Any:
         with self._lock:
+            if self._closed:
+                raise ValueError("The client is closed.")
             opened = self._channels.get(key)
             if opened is None:
                 channel = grpc.insecure_channel(key.address, options=self._calls.channel_options(key))
@@ -106,6 +109,7 @@ class _Channels:
 
     def close(self) -> None:
         with self._lock:
+            self._closed = True
             for channel, _ in self._channels.values():
                 channel.close()
             self._channels.clear()
