@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sessiond.core import blobs as rules
+from sessiond.daemon import doubt_all
 from sessiond.errors import NotFound, SessiondError
+from sessiond.service.rescue import Rescues
 from sessiond.service.states import States
 from sessiond.tiers import blobs, compact
 from sessiond.tiers import flush as flushing
@@ -27,7 +30,7 @@ from sessiond.tiers.hot import environment
 from sessiond.tiers.hot.environment import Environment, Reader
 from sessiond.tiers.hot.rows import PHASE_FENCED, PHASE_OWNED
 from sessiond.tiers.hydrate import load
-from sessiond.v1 import context_pb2, session_pb2, state_pb2, turn_pb2
+from sessiond.v1 import context_pb2, node_pb2, session_pb2, state_pb2, turn_pb2
 from tests.tiers.test_commits import (
     CLOUD,
     Killed,
@@ -422,6 +425,129 @@ def test_objects_that_no_manifest_came_to_name_are_removed(world: World) -> None
     first.put("a", b"2")
     first.node.flush()
     assert objects(world) == named(world)
+
+
+# A node that comes back ---------------------------------------------------------------------------------------------
+
+
+class Direct:
+    """Calls the other node's rescue, as if over the network; remembers what it was offered."""
+
+    def __init__(self, owner: LiveNode | None) -> None:
+        self.owner = owner
+        self.offered: list[node_pb2.RescueRequest] = []
+
+    async def rescue(self, address: str, request: node_pb2.RescueRequest, timeout_s: float) -> node_pb2.RescueResponse:
+        assert self.owner is not None
+        self.offered.append(request)
+        return await rescues(self.owner).apply(request)
+
+
+def rescues(node: LiveNode, owner: LiveNode | None = None) -> Rescues:
+    return Rescues(node.sessions._parts, node.sessions.ownership, Direct(owner))  # type: ignore[arg-type]
+
+
+def fenced(world: World, turns: bool) -> tuple[Blobs, Blobs, dict[str, int]]:
+    """A node that was taken over with unflushed blobs and knows it, its successor, and the versions acknowledged."""
+    first = Blobs(talk(world, "first"))
+    for key in ("a", "b", "gone", "both"):
+        first.put(key, b"flushed")
+    first.node.flush()
+    versions = {"a": first.put("a", b"unflushed", write_id="w", labels={"l": "1"}).header.version}
+    versions["new"] = first.put("new", b"unflushed").header.version
+    first.put("both", b"unflushed")
+    first.delete("gone")
+    if turns:
+        first.node.append(user("t3"))
+    second = Blobs(world.node("second", "n2"))
+    assert second.node.take_over()
+    doubt_all(first.node.hot)
+    first.node.flush()
+    assert first.node.head.phase == PHASE_FENCED
+    return first, second, versions
+
+
+@pytest.mark.parametrize("turns", [False, True], ids=["blobs", "blobs and turns"])
+def test_a_fenced_nodes_blobs_come_back_as_they_were_acknowledged_unless_they_were_written_since(
+    world: World, turns: bool
+) -> None:
+    first, second, versions = fenced(world, turns)
+    newer = second.put("both", b"since").header.version
+    second.put("c", b"since")
+    assert second.get("a").missing
+    rescue = rescues(first.node, second.node)
+    world.run(rescue.offer(world.h))
+    assert rescue.outcomes == {"APPLIED": 1}
+    with pytest.raises(AssertionError):
+        _ = first.node.head
+    due = {"a": b"unflushed", "b": b"flushed", "both": b"since", "c": b"since", "new": b"unflushed"}
+    assert second.all() == due
+    assert {key: second.get(key).header.version for key in versions} == versions
+    assert second.get("both").header.version == newer
+    assert not any(second.get(key).missing for key in due)
+    again = second.put("a", b"unflushed", write_id="w", labels={"l": "1"})
+    assert (again.duplicate, again.header.version) == (True, versions["a"])
+    assert second.put("a", b"next", expected_version=versions["a"]).header.version > newer
+    second.delete("new")
+    # The same offer again, as after an answer that was lost, brings nothing back.
+    [offered] = rescue._peers.offered  # type: ignore[attr-defined]
+    assert world.run(rescues(second.node).apply(offered)).outcome == node_pb2.RESCUE_OUTCOME_KNOWN
+    assert second.all() == {key: content for key, content in due.items() if key != "new"} | {"a": b"next"}
+    second.node.release()
+    assert named(world) <= objects(world)
+    assert Blobs(world.node("third", "n3")).all()["a"] == b"next"
+
+
+@pytest.mark.parametrize("landed", [True, False], ids=["landed", "lost"])
+@pytest.mark.parametrize("failing", range(1, 6))
+def test_a_fenced_node_takes_a_session_back_with_its_blobs_whatever_ends_it_on_the_way(
+    world: World, failing: int, landed: bool
+) -> None:
+    first, second, versions = fenced(world, True)
+    second.put("c", b"since")
+    assert second.node.release().released
+    puts = 0
+
+    def on_put(key: str, land: Land) -> str:
+        nonlocal puts
+        puts += 1
+        if puts < failing:
+            return land()
+        if landed:
+            land()
+        raise Killed
+
+    world.store.on_put = on_put
+    with suppress(Killed):
+        world.run(rescues(first.node).offer(world.h))
+    world.store.heal()
+    again = Blobs(world.restart(first.node))
+    with suppress(SessiondError):
+        again.node.flush()
+    world.run(rescues(again.node).offer(world.h))
+    due = {"a": b"unflushed", "b": b"flushed", "both": b"unflushed", "c": b"since", "new": b"unflushed"}
+    assert again.all() == due
+    assert {key: again.get(key).header.version for key in versions} == versions
+    assert not any(again.get(key).missing for key in due)
+    again.node.release()
+    assert named(world) <= objects(world)
+
+
+def test_writes_of_an_older_disk_are_not_mixed_with_those_that_went_on_without_it() -> None:
+    def ledger(*entries: int, loss: list[list[int]] | None = None) -> rules.Ledger:
+        made = rules.Ledger(loss=loss or [])
+        for entry in entries:
+            made.note(b"%08d" % entry, bytes(16), (1 << 32) + entry, 0)
+        return made
+
+    def keys(made: rules.Ledger) -> dict[str, Any]:
+        return {"last": made.last, "writes": made.writes, "rows": [], "loss": made.loss}
+
+    rescue = rules.Rescue(1, keys(ledger(1)), keys(ledger(1, 3)))
+    assert rescue.is_moot(ledger(1, 2, loss=[[1, 0, 1, 0]])), "write 2 was made under this epoch, and not on this disk"
+    assert not rescue.is_moot(ledger(1, loss=[[1, 0, 1, 0]]))
+    assert rescue.joined(keys(ledger(1, loss=[[1, 0, 1, 0]])))["writes"] == ledger(1, 3).writes
+    assert rescue.joined(keys(ledger(1, loss=[[1, 0, 1, 0]])))["loss"] == []
 
 
 # Forks ---------------------------------------------------------------------------------------------------------------

@@ -155,6 +155,71 @@ def with_loss(state_keys: Mapping[str, Any], loss: list[int] | None) -> dict[str
     return {**state_keys, "loss": kept}
 
 
+@dataclass(frozen=True, slots=True)
+class Rescue:
+    """Blobs of a fenced node, as manifests say it. epoch: under which it wrote. before: what it committed last. after:
+    what its rows say, their objects in the cloud tier.
+    """
+
+    epoch: int
+    before: dict[str, Any]
+    after: dict[str, Any]
+
+    def is_moot(self, ours: Ledger) -> bool:
+        """Whether nothing is to be taken: these writes came to us before, or are of an older disk that was put back."""
+        theirs, known = _entries(bytes(self.after.get("writes", b""))), _entries(ours.writes)
+        if theirs and theirs[-1] in known:
+            return True
+        # Of its epoch there is nothing but what itself wrote.
+        if any(int.from_bytes(entry[24:32], "big") >> 32 == self.epoch for entry in known if entry not in theirs):
+            return True
+        missed = any(row[0] == self.epoch for row in ours.loss)
+        return not missed and len(known) == WRITES_MAX
+
+    def taken(self, versions: Mapping[str, int]) -> list[tuple[str, list[Any] | None]]:
+        """(key, row, or None for a deletion) of what the fenced node wrote over versions that still stand with us.
+
+        versions: ours, by key. What was written since stays: it was written over whatever was lost.
+        """
+        before = {str(row[0]): row for row in rows(self.before)}
+        after = {str(row[0]): row for row in rows(self.after)}
+        found: list[tuple[str, list[Any] | None]] = []
+        for key in sorted({*before, *after}, key=str.encode):
+            was, wrote = (int(side[key][1]) if key in side else 0 for side in (before, after))
+            if wrote != was and versions.get(key, 0) == was:
+                found.append((key, after.get(key)))
+        return found
+
+    def join(self, ours: Ledger) -> None:
+        """Have a ledger know of the fenced node's writes, in their order before what was written since."""
+        theirs, known = _entries(bytes(self.after.get("writes", b""))), _entries(ours.writes)
+        shared = [entry for entry in known if entry in theirs]
+        fresh = [entry for entry in theirs if entry not in known]
+        since = [entry for entry in known if entry not in theirs]
+        ours.writes = b"".join([*shared, *fresh, *since])[-WRITES_MAX * WRITE_BYTES :]
+        ours.last = max(ours.last, last_of(self.after))
+        ours.loss = [row for row in ours.loss if row[0] != self.epoch]
+
+    def joined(self, ours: Mapping[str, Any]) -> dict[str, Any]:
+        """What a manifest says of its blobs with the fenced node's among them."""
+        ledger = ledger_of(ours)
+        if self.is_moot(ledger):
+            return dict(ours)
+        standing = {str(row[0]): row for row in rows(ours)}
+        for key, row in self.taken({key: int(row[1]) for key, row in standing.items()}):
+            if row is None:
+                standing.pop(key, None)
+            else:
+                standing[key] = row
+        self.join(ledger)
+        kept = sorted(standing.values(), key=lambda row: str(row[0]).encode())
+        return {**ours, "last": ledger.last, "writes": ledger.writes, "rows": kept, "loss": ledger.loss}
+
+
+def _entries(writes: bytes) -> list[bytes]:
+    return [writes[at : at + WRITE_BYTES] for at in range(0, len(writes), WRITE_BYTES)]
+
+
 def may_lack(loss: list[list[int]], version: int = 0) -> list[list[int]]:
     """The losses that a caller must be told of. version: of the blob that is spoken of; 0 for all blobs together.
 

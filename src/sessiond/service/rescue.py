@@ -10,7 +10,10 @@ import asyncio
 from collections import Counter
 from typing import Any, Final
 
+import msgpack
+
 from sessiond import core
+from sessiond.core import blobs as blob_rules
 from sessiond.core import rules
 from sessiond.core import state as states
 from sessiond.core.layout import HEADER_BYTES, PREFIX_BYTES
@@ -19,6 +22,8 @@ from sessiond.errors import SessiondError, Unavailable, reason_of
 from sessiond.service.ownership import Call, Ownership, Parts
 from sessiond.service.prepare import prepare_turn
 from sessiond.service.router import PeerTransport, PeerUnreachable
+from sessiond.tiers.blobs import fetch
+from sessiond.tiers.hot import blobs as hot_blobs
 from sessiond.tiers.hot import log
 from sessiond.tiers.hot.environment import Transaction
 from sessiond.tiers.hot.log import PreparedTurn
@@ -115,11 +120,12 @@ class Rescues:
         head = self._own.peek(h)
         if head is None or head.phase != PHASE_FENCED:
             return
-        if head.head_seq <= head.cloud_seq:
+        blobs = await self._own.off_loop(self._parts.claims.put_fenced_blobs, h)
+        if head.head_seq <= head.cloud_seq and blobs is None:
             await self._drop(h, head)
             return
         orphan = await self._own.off_loop(self._parts.claims.put_orphan, h)
-        if orphan is None:
+        if orphan is None and head.head_seq > head.cloud_seq:
             return  # changed meanwhile, or more than one object holds: kept on the node, and verify says so
         cold = await self._own.off_loop(load, self._parts.store, h)
         if cold is None:
@@ -128,14 +134,13 @@ class Rescues:
             await self._own.off_loop(self._parts.claims.note_deleted, h)
             self.outcomes["DELETED"] += 1
             return
-        name, epoch, first, last, sha256 = orphan
-        request = node_pb2.RescueRequest(
-            session_hash=h,
-            orphan=str(name),
-            epoch=int(epoch),
-            turns=turn_pb2.SeqRange(first_seq=int(first), last_seq=int(last)),
-            sha256=bytes(sha256),
-        )
+        request = node_pb2.RescueRequest(session_hash=h, epoch=head.epoch)
+        if orphan is not None:
+            name, _, first, last, sha256 = orphan
+            request.orphan, request.sha256 = str(name), bytes(sha256)
+            request.turns.CopyFrom(turn_pb2.SeqRange(first_seq=int(first), last_seq=int(last)))
+        if blobs is not None:
+            request.blobs = msgpack.packb([blobs.before, blobs.after], use_bin_type=True)
         session, user = cold.manifest.session, cold.manifest.user
         call = Call(cold.manifest.tenant, None, forwarded=True)
         owner = cold.manifest.owner
@@ -177,6 +182,10 @@ class Rescues:
         """
         h = bytes(request.session_hash)
         await self._own.settle_doubt(h)
+        taken = await self._apply_blobs(h, request) if request.blobs else False
+        if not request.orphan:
+            await asyncio.wrap_future(self._parts.flusher.request(h))
+            return node_pb2.RescueResponse(outcome=APPLIED if taken else KNOWN)
         row = [request.orphan, request.epoch, request.turns.first_seq, request.turns.last_seq, bytes(request.sha256)]
         frames = await self._own.off_loop(orphan_frames, self._parts.store, h, row)
         turns = await self._own.counted(
@@ -225,6 +234,31 @@ class Rescues:
             raise Unavailable("NOT_OWNER", f"Session {h.hex()} keeps changing.", {"hash": h.hex()})
         await asyncio.wrap_future(self._parts.flusher.request(h))
         return node_pb2.RescueResponse(outcome=done)  # type: ignore[arg-type]
+
+    async def _apply_blobs(self, h: bytes, request: node_pb2.RescueRequest) -> bool:
+        """Take blobs that a fenced node offers, those that were not written since; whether there were any.
+
+        Raises Unavailable NOT_OWNER, Corrupt, and as the store does.
+        """
+        before, after = msgpack.unpackb(request.blobs, raw=False, strict_map_key=True)
+        rescue = blob_rules.Rescue(request.epoch, before, after)
+        with self._hot.read() as transaction:
+            versions = {key: blob.version for key, blob in hot_blobs.read_blobs(transaction, h)}
+            moot = rescue.is_moot(hot_blobs.read_ledger(transaction, h) or blob_rules.Ledger())
+        contents: dict[int, bytes] = {}
+        for _, row in [] if moot else rescue.taken(versions):
+            if row is not None:
+                contents[int(row[1])] = await self._own.off_loop(fetch, self._parts.store, h, row)
+
+        def operation(transaction: Transaction) -> bool:
+            head = log.read_head(transaction, h)
+            if head is None or head.phase != PHASE_OWNED:
+                raise Unavailable("NOT_OWNER", f"This node does not own session {h.hex()} now.", {"hash": h.hex()})
+            if head.lifecycle != LIFECYCLE_ACTIVE:
+                return False
+            return hot_blobs.take_rescued(transaction, h, rescue, contents, self._parts.clock_ms())
+
+        return await self._hot.run(operation, 1 + sum(map(len, contents.values())))
 
     def _note(self, transaction: Transaction, h: bytes, row: list[Any], outcome: int) -> None:
         """Write down what became of an orphan: in the list, or out of it, and whether anything is missing still."""

@@ -31,6 +31,7 @@ from sessiond.core.manifest import (
     Manifest,
 )
 from sessiond.errors import Conflict, Corrupt, SessiondError, Unavailable
+from sessiond.tiers import blobs
 from sessiond.tiers.cloud.bucket import Bucket, manifest_key, orphan_key, refusal, segment_key
 from sessiond.tiers.cloud.store import (
     Ambiguous,
@@ -49,6 +50,7 @@ from sessiond.tiers.hot.rows import (
     PHASE_OWNED,
     PHASE_RELEASING,
     Head,
+    decode_committed,
     encode_committed,
     encode_head,
     head_from_manifest,
@@ -503,7 +505,8 @@ class Claims:
                 self._put_index_rows(old)
             except StoreError as error:
                 raise refusal(error) from error
-        orphan = self.put_orphan(h)
+        orphan, rescue = self.put_orphan(h), self.put_fenced_blobs(h)
+        state_keys = blob_rules.with_loss(old.state_keys, loss)
         owned = list(old.epochs)
         if owned:
             owned[-1] = [*owned[-1][:3], old.mutation]
@@ -516,7 +519,7 @@ class Claims:
             owner=[self._node.incarnation, self._node.name, self._node.address],
             loss=bounded_loss([*old.loss, *([loss] if loss else [])]),
             orphans=[*old.orphans, *([orphan] if orphan else [])],
-            state_keys=blob_rules.with_loss(old.state_keys, loss),
+            state_keys=rescue.joined(state_keys) if rescue is not None else state_keys,
             written_ms=now_ms,
         )
 
@@ -527,8 +530,8 @@ class Claims:
             if known is not None and known.head_seq > known.cloud_seq and not orphan:
                 return False  # what this node alone has is never given up
             intent = known or head_from_manifest(old, cold.etag, old.epoch, PHASE_CLAIMING)
-            # The third place: these rows hold acknowledged turns that no log has, until the claim is settled.
-            intent.claim = [epoch, self._node.incarnation, int(orphan is not None)]
+            # The third place: these rows hold acknowledged turns or blobs that are nowhere else, until it is settled.
+            intent.claim = [epoch, self._node.incarnation, int(orphan is not None or rescue is not None)]
             intent.phase = PHASE_CLAIMING
             transaction.put("heads", h, encode_head(h, intent))
             return True
@@ -542,6 +545,31 @@ class Claims:
             return False
         self._settle(manifest, etag, tenure)
         return True
+
+    def put_fenced_blobs(self, h: bytes) -> blob_rules.Rescue | None:
+        """Bring the content of blobs that only a fenced hot tier has into the cloud tier; None if there are none.
+
+        Raises Unavailable, Corrupt, and as the store does.
+        """
+        placed: dict[int, list[Any]] = {}
+        while True:
+            with self._hot.read() as transaction:
+                known = log.read_head(transaction, h)
+                value = transaction.get("manifests", h)
+                if known is None or value is None:
+                    return None
+                if known.phase != PHASE_FENCED and not (known.phase == PHASE_CLAIMING and has_orphans(known)):
+                    return None
+                base = decode_committed(h, value)
+                if blob_rules.equals(hot_blobs.read_ledger(transaction, h), base.state_keys):
+                    return None
+                pending = blobs.pending(transaction, h, base, placed, blobs.LOOK_BYTES_MAX)
+                if not pending.objects:
+                    after = blobs.state_keys(transaction, h, base, placed)
+                    return blob_rules.Rescue(known.epoch, base.state_keys, after)
+            for version, key, body, sha256 in pending.objects:
+                self.put_object(key, body)
+                placed[version] = [sha256, len(body)]
 
     def put_orphan(self, h: bytes) -> list[Any] | None:
         """Bring the turns that only a fenced hot tier has into the cloud tier; their row for the manifest, or None.

@@ -57,20 +57,22 @@ class ForwardWatchResponse(_message.Message):
     def __init__(self, event: _Optional[_Union[ForwardResponse, _Mapping]] = ...) -> None: ...
 
 class RescueRequest(_message.Message):
-    __slots__ = ("session_hash", "orphan", "epoch", "turns", "sha256", "incarnation")
+    __slots__ = ("session_hash", "orphan", "epoch", "turns", "sha256", "incarnation", "blobs")
     SESSION_HASH_FIELD_NUMBER: _ClassVar[int]
     ORPHAN_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     TURNS_FIELD_NUMBER: _ClassVar[int]
     SHA256_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    BLOBS_FIELD_NUMBER: _ClassVar[int]
     session_hash: bytes
     orphan: str
     epoch: int
     turns: _turn_pb2.SeqRange
     sha256: bytes
     incarnation: bytes
-    def __init__(self, session_hash: _Optional[bytes] = ..., orphan: _Optional[str] = ..., epoch: _Optional[int] = ..., turns: _Optional[_Union[_turn_pb2.SeqRange, _Mapping]] = ..., sha256: _Optional[bytes] = ..., incarnation: _Optional[bytes] = ...) -> None: ...
+    blobs: bytes
+    def __init__(self, session_hash: _Optional[bytes] = ..., orphan: _Optional[str] = ..., epoch: _Optional[int] = ..., turns: _Optional[_Union[_turn_pb2.SeqRange, _Mapping]] = ..., sha256: _Optional[bytes] = ..., incarnation: _Optional[bytes] = ..., blobs: _Optional[bytes] = ...) -> None: ...
 
 class RescueResponse(_message.Message):
     __slots__ = ("outcome",)

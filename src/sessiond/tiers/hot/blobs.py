@@ -210,6 +210,47 @@ def put_content(transaction: Transaction, h: bytes, key: str, version: int, cont
     return True
 
 
+def take_rescued(
+    transaction: Transaction, h: bytes, rescue: blobs.Rescue, contents: Mapping[int, bytes], now_ms: int
+) -> bool:
+    """Put what a fenced node had acknowledged into the rows of a session that this node owns; whether there was any.
+
+    contents: by version. Versions and times stay as they were acknowledged. Where there is no room, or a content is not
+    at hand, nothing is taken, and what may be missing is still said. Raises Corrupt.
+    """
+    head = log.read_head(transaction, h)
+    assert head is not None
+    ledger = read_ledger(transaction, h) or Ledger()
+    if rescue.is_moot(ledger):
+        return False
+    standing = dict(read_blobs(transaction, h))
+    taken = rescue.taken({key: blob.version for key, blob in standing.items()})
+    after = dict(standing)
+    for key, row in taken:
+        after.pop(key, None)
+        if row is not None:
+            after[key] = blobs.blob_of(row)
+    ledger.keys, ledger.content_bytes = len(after), sum(blob.size for blob in after.values())
+    ledger.header_bytes = sum(blob.header_bytes(key) for key, blob in after.items())
+    if ledger.keys > blobs.KEYS_MAX or ledger.content_bytes > blobs.TOTAL_BYTES_MAX:
+        return False
+    if ledger.header_bytes > blobs.HEADER_BYTES_MAX or any(row and int(row[1]) not in contents for _, row in taken):
+        return False
+    for key, row in taken:
+        if key in standing:
+            transaction.delete("states", h + key.encode())
+            transaction.delete("blobs", _content_key(h, standing[key].version))
+        if row is not None:
+            blob = blobs.blob_of(row)
+            transaction.put("states", h + key.encode(), _packed(h, list(blob)))
+            transaction.put("blobs", _content_key(h, blob.version), contents[blob.version])
+    rescue.join(ledger)
+    _write_ledger(transaction, h, ledger)
+    head.changes += 1
+    log.write_head(transaction, h, head, now_ms)
+    return bool(taken)
+
+
 def hydrate(transaction: Transaction, h: bytes, state_keys: Mapping[str, Any]) -> None:
     """Make the rows say what a manifest says of a session's blobs, without their content. Rows before are gone."""
     if not state_keys:
