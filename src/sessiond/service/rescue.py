@@ -1,4 +1,5 @@
-"""Turns that a fenced node had acknowledged: brought into the log once, or listed where it went on without them.
+"""Turns that a fenced node had acknowledged: brought into the log once, or listed where it went on without them. Blobs,
+brought back where nobody wrote over them since.
 
 It promises that a fenced node drops its rows only when their turns are committed in the cloud tier, as turns of the log
 or as a listed orphan, and that no turn is applied twice. It never decides who owns a session.
