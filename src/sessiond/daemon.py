@@ -20,7 +20,7 @@ import structlog
 
 from sessiond import __version__, core, telemetry
 from sessiond.config import Settings
-from sessiond.errors import Denied, SessiondError, Unavailable
+from sessiond.errors import Corrupt, Denied, SessiondError, Unavailable
 from sessiond.service.forks import Forks
 from sessiond.service.node import CallCounts, Node
 from sessiond.service.ownership import Ownership, Parts
@@ -37,6 +37,7 @@ from sessiond.tiers.cloud.open import open_configured
 from sessiond.tiers.flush import Flusher
 from sessiond.tiers.hot.environment import Environment
 from sessiond.tiers.hot.log import doubt_owned
+from sessiond.tiers.hot.rows import PHASE_RELEASED, decode_head
 from sessiond.tiers.hydrate import Claims, Segments
 from sessiond.tiers.hydrate import Node as NodeIdentity
 from sessiond.tiers.local_disk import refuse_network
@@ -254,6 +255,9 @@ class Daemon:
             telemetry.HOT_TIER_FULL: hot.is_full,
         }
         self._details = lambda: {"error": store.last_error or flusher.last_error}
+        if owns_nothing(hot) and await asyncio.to_thread(has_company, peers):
+            # Nobody waits for this node: what it takes over must not wait for its first counts.
+            await asyncio.to_thread(tokenizer.warm)
         node.phase = admin_pb2.NODE_PHASE_SERVING
         await server.start()
         # Loading the vocabularies holds the interpreter for a quarter of a second that those who reconnect after a
@@ -346,6 +350,26 @@ def hold_data_dir(settings: Settings) -> int:
         what = f"Another daemon serves from {path}."
         raise Unavailable("HOT_TIER_IN_USE", what, {"path": str(path)}, [("data_dir", "in use")]) from error
     return descriptor
+
+
+def owns_nothing(hot: Environment) -> bool:
+    """Whether a hot tier holds no session as its own, as after a drain or on a new disk."""
+    with hot.read() as transaction:
+        for key, value in transaction.scan("heads", b""):
+            try:
+                if decode_head(key, value).phase != PHASE_RELEASED:
+                    return False
+            except Corrupt:
+                return False
+    return True
+
+
+def has_company(peers: Peers) -> bool:
+    """Whether another node holds a lease of its own; False where the store does not say."""
+    try:
+        return bool(peers.living())
+    except SessiondError:
+        return False
 
 
 def take_node(lease: Lease, hot: Environment, opened_at: int) -> None:
