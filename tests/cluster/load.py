@@ -37,9 +37,11 @@ def append(
     return wire.sessions.AppendTurn(request, timeout=timeout_s)
 
 
-def resume(wire: Wire, session: str, timeout_s: float = ANSWER_S_MAX, **fields: object) -> context_pb2.ActiveContext:
+def resume(
+    wire: Wire, session: str, timeout_s: float = ANSWER_S_MAX, budget_tokens: int = 4000, **fields: object
+) -> context_pb2.ActiveContext:
     """One attempt at a resume."""
-    spec = context_pb2.ContextSpec(budget_tokens=4000)
+    spec = context_pb2.ContextSpec(budget_tokens=budget_tokens)
     request = session_pb2.ResumeSessionRequest(session_id=session, context=spec, **fields)
     return wire.sessions.ResumeSession(request, timeout=timeout_s).context
 

@@ -13,7 +13,7 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -210,11 +210,17 @@ class Cluster:
 
 @contextlib.contextmanager
 def running_cluster(
-    seaweed: Seaweed | None = None, size: int = 3, links: bool = True, **settings: str | int | bool
+    seaweed: Seaweed | None = None,
+    size: int = 3,
+    links: bool = True,
+    prefix: str = "",
+    endpoints: Mapping[str, str] | None = None,
+    **settings: str | int | bool,
 ) -> Iterator[Cluster]:
     """Nodes n1, n2, ... that serve; on a folder, or on a prefix of their own in the server's bucket.
 
-    links: nodes reach each other and their store through links. settings: keys of sessiond.toml, for every node.
+    links: nodes reach each other and their store through links. prefix: in the bucket, instead of one by chance.
+    endpoints: where single nodes find the store, by name. settings: keys of sessiond.toml, for every node.
     """
     with contextlib.ExitStack() as opened:
         folder = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="sessiond-cluster-")))
@@ -226,7 +232,7 @@ def running_cluster(
             options["cloud"] = f"file://{folder / 'cloud'}"
             store = FolderStore(folder / "cloud")
         else:
-            prefix = f"cluster-{secrets.token_hex(8)}"
+            prefix = prefix or f"cluster-{secrets.token_hex(8)}"
             env = {"AWS_ACCESS_KEY_ID": seaweed.access_key, "AWS_SECRET_ACCESS_KEY": seaweed.secret_key}
             opened.enter_context(environment(env))
             options["cloud"] = f"s3://{seaweed.bucket}/{prefix}"
@@ -248,6 +254,8 @@ def running_cluster(
                 host, _, port = seaweed.endpoint.removeprefix("http://").rpartition(":")
                 to_store = network.link(host, int(port))
                 own["s3_endpoint"] = f"http://{to_store.address}"
+            if endpoints and name in endpoints:
+                own["s3_endpoint"] = endpoints[name]
             # The port that the daemon will listen on is known only once it has it; the link's stays.
             peers = network.link(HOST, 9)
             if links and ADVERTISE in config.Settings.__struct_fields__:

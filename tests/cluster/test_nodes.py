@@ -103,3 +103,12 @@ def test_the_history_suspects_a_whole_looking_answer_that_lacks_a_turn() -> None
     receipt.missing.add(first_seq=2)
     made.resumed("s", made.floor("s"), receipt)
     made.check({"s": LOG}, {})
+
+
+def test_a_node_that_joins_others_has_its_tokenizers_before_it_takes_calls() -> None:
+    with running_cluster(size=2) as cluster:
+        joined = cluster[1]
+        joined.kill()
+        joined.start()
+        # Without the vocabularies it is half of that; they take the interpreter for as long as they are loaded.
+        assert joined.status().resident_bytes > 100e6
