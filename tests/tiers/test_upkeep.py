@@ -159,7 +159,8 @@ def reopened(node: Node) -> Node:
 
 def test_a_deletion_whose_answer_was_lost_is_one_deletion(node: Node) -> None:
     talk(node)
-    node.store.on_put = lost_answers([True])
+    lose = lost_answers([True])
+    node.store.on_put = lambda key, land: lose(key, land) if is_manifest(key) else land()
     assert node.delete(S)
     assert node.manifest(S).lifecycle == LIFECYCLE_DELETED
     assert node.head(S) is None
@@ -206,6 +207,29 @@ def test_what_a_tombstone_leaves_behind_is_removed_after_a_crash_in_between(node
     again.flush_dirty()
     assert again.keys("", S) == [manifest_key(again.h(S))]
     assert again.head(S) is None
+
+
+def test_what_a_tombstone_leaves_behind_is_removed_although_the_node_lost_its_disk(world: World) -> None:
+    node, other = Node(world), Node(world, "hot2", "n2")
+    talk(node)
+    node.flush_dirty()
+
+    def silent(key: str) -> None:
+        if not key.startswith("x/"):
+            raise StoreUnavailable(key, "down")
+
+    world.store.on_delete = silent
+    assert node.delete(S)
+    # The disk is gone before anything could be removed.
+    world.store.heal()
+    assert node.keys("u/", S)
+    assert node.days(S) == [day_of(world.clock())]
+    world.clock.now_ms += DAY_MS
+    other.tick()
+    assert not node.keys("u/", S)
+    assert not node.keys("s/", S)
+    assert node.days(S) == []
+    assert node.manifest(S).lifecycle == LIFECYCLE_DELETED
 
 
 def test_a_node_that_learns_of_a_deletion_elsewhere_lets_go_of_what_it_holds(world: World) -> None:

@@ -484,6 +484,9 @@ class Flusher:
             self.last_error = error.reason
             self._back_off(h)
             return Flushed(head.cloud_seq, True, True, False)
+        if known is not None and known.lifecycle == LIFECYCLE_DELETED:
+            with suppress(StoreError):
+                self._store.delete(self._bucket.expiry_key(known.tenant, day_of(known.written_ms), h))
         users = self._users_key(h, head)
 
         def operation(transaction: Transaction) -> None:
@@ -493,6 +496,18 @@ class Flusher:
 
         self._hot.run_blocking(operation)
         return Flushed(head.cloud_seq, True, True)
+
+    def _put_expiry_row(self, manifest: Manifest) -> None:
+        for attempt in range(ATTEMPTS_MAX):
+            try:
+                put_expiry_row(self._store, self._bucket, manifest)
+                return
+            except Ambiguous as error:
+                if attempt == ATTEMPTS_MAX - 1:
+                    raise refusal(error) from error
+                self._wait(0.02 * 2**attempt)
+            except StoreError as error:
+                raise refusal(error) from error
 
     def _entomb(self, h: bytes, head: Head) -> None:
         """Write the tombstone of a session that was released before its deletion was committed, or find it there."""
@@ -508,12 +523,15 @@ class Flusher:
                     "EPOCH_FENCED", f"Session {head.session!r} is another node's.", {"session_id": head.session}
                 )
             stone = ended(manifest, self._node.incarnation, LIFECYCLE_DELETED, None, self._clock_ms())
+            self._put_expiry_row(stone)
             put_settled(self._store, h, stone, cold.etag, self._wait)
             self._note_commit(h)
+            manifest = stone
 
         def operation(transaction: Transaction) -> None:
             found = log.read_head(transaction, h)
             if found is not None and found.phase == PHASE_RELEASED:
+                transaction.put("manifests", h, encode_committed(h, manifest))
                 log.mark_deleted(transaction, h, found, self._clock_ms())
 
         self._hot.run_blocking(operation)
@@ -547,11 +565,10 @@ class Flusher:
         self._merge(cut.manifest, urgent)
         if len(cut.manifest.segments) > SEGMENT_ROWS_MAX:
             self._spill(cut.manifest)
-        if needs_row(cut.base, cut.manifest):
-            try:
-                put_expiry_row(self._store, self._bucket, cut.manifest)
-            except StoreError as error:
-                raise refusal(error) from error
+        deletes = cut.manifest.lifecycle == LIFECYCLE_DELETED
+        if deletes or needs_row(cut.base, cut.manifest):
+            # A node that loses its disk right behind the tombstone can't go on with what it should remove.
+            self._put_expiry_row(cut.manifest)
         try:
             etag = put_settled(self._store, h, cut.manifest, cut.head.etag, self._wait)
         except Conflict as lost:
@@ -560,8 +577,8 @@ class Flusher:
         self._note_commit(h)
         self._drop_placed(h, cut.manifest)
         self._settle(h, cut.manifest, etag, cut.head.changes, release)
-        if leaves_row(cut.base, cut.manifest):
-            day = day_of(cut.base.expires_ms)
+        day = day_of(cut.base.expires_ms)
+        if leaves_row(cut.base, cut.manifest) and not (deletes and day == day_of(cut.manifest.written_ms)):
             with suppress(StoreError):  # the row is a hint: a sweep of its day finds that it is none any more
                 self._store.delete(self._bucket.expiry_key(cut.base.tenant, day, h))
         self._delete_replaced(cut.manifest)

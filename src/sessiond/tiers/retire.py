@@ -98,8 +98,10 @@ def first_seq_of(key: str) -> int:
 
 
 def put_expiry_row(store: ObjectStore, bucket: Bucket, manifest: Manifest) -> None:
-    """Say in the index on which day a session expires. Raises as the store does."""
-    day = day_of(manifest.expires_ms)
+    """Say in the index on which day a session expires; for a tombstone that is about to be written, on which day
+    somebody should look whether all that it leaves behind is gone. Raises as the store does.
+    """
+    day = day_of(manifest.written_ms if manifest.lifecycle == LIFECYCLE_DELETED else manifest.expires_ms)
     meta = {"v": 1, "tenant": manifest.tenant, "session": manifest.session, "h": manifest.h, "day": day}
     # Whatever becomes of this write, the row is a hint: the manifest decides.
     store.put(bucket.expiry_key(manifest.tenant, day, manifest.h), envelope.seal(envelope.KIND_EXPIRY, meta))
