@@ -497,14 +497,14 @@ class Sessions:
         unlike = proved is False and not beyond and not standing.missing and accepts != acked.epoch
         if beyond or unlike:
             standing.stale = True
-            standing.missing.append(
-                context_pb2.MissingRange(
-                    first_seq=standing.head_seq + 1 if beyond else acked.seq,
-                    last_seq=acked.seq,
-                    epoch=acked.epoch,
-                    reason=REASON_LOST,
-                )
+            gone = context_pb2.MissingRange(
+                first_seq=standing.head_seq + 1 if beyond else acked.seq,
+                last_seq=acked.seq,
+                epoch=acked.epoch,
+                reason=REASON_LOST,
             )
+            if gone not in standing.missing:
+                standing.missing.append(gone)
         version = state.boundary[0] << 32 | state.boundary[1]
         if request.known_checkpoint_version > version:
             standing.stale = True
