@@ -285,6 +285,8 @@ class SimDaemon:
         self.server.serve(self.sessions, self.admin, router, credentials, rescues.apply, hot.incarnation, watches)
         forks = Forks(parts, ownership, self.sessions)
         self.server.also_serve("ForkSession", session_pb2.ForkSessionRequest, forks.fork)
+        self.server.also_serve("WarmSession", session_pb2.WarmSessionRequest, self.sessions.warm)
+        self.sessions.ask = router.ask_to_resume
         self.lease, self.flusher, self.bucket = lease, flusher, bucket
         host.spawn("lease", partial(self._every, knobs.lease_ms / 3000, self._renew))
         host.spawn("flusher", partial(self._every, knobs.flush_interval_ms / 2000, flusher.tick))
