@@ -259,6 +259,22 @@ def test_an_owner_that_can_not_be_reached_from_here_is_left_aside_for_a_while() 
     assert again.direct
 
 
+def test_an_owner_that_restarts_is_asked_again_soon() -> None:
+    clock = Clock()
+    known = Routes(THREE, True, clock)
+    route = Route(known, "s")
+    assert route.redirected(elsewhere("10.1.1.1:1"))
+    route.answered()
+    again = Route(known, "s")
+    assert again.moved("SERVER_UNREACHABLE")
+    assert not known.learn("s", "10.1.1.1:1")
+    clock.now_s += routes.AWAY_S
+    assert known.learn("s", "10.1.1.1:1")
+    for number in range(2 * routes.CHANNELS_MAX):
+        known.reached(f"10.2.0.{number}:1")
+    assert len(known._reached) == routes.CHANNELS_MAX
+
+
 @pytest.mark.parametrize("address", ["", "itself"])
 def test_a_redirect_that_leads_nowhere_has_the_call_forwarded(address: str) -> None:
     route = Route(Routes(THREE, True, Clock()), "s")

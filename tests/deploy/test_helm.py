@@ -191,6 +191,14 @@ def test_services_and_budget_select_the_pods(render):
     assert headless == [one(objects, "StatefulSet")["spec"]["serviceName"]]
 
 
+def test_nodes_start_together_and_are_updated_one_by_one(render):
+    nodes = one(render(EVERYTHING), "StatefulSet")["spec"]
+    assert (nodes["replicas"], nodes["podManagementPolicy"]) == (3, "Parallel")
+    # Its default is RollingUpdate, one pod at a time.
+    assert "updateStrategy" not in nodes
+    assert one(render(EVERYTHING), "PodDisruptionBudget")["spec"]["maxUnavailable"] == 1
+
+
 def test_a_changed_configuration_restarts_the_pods(render):
     key = "checksum/config"
     first, second = (

@@ -31,7 +31,8 @@ def options(command: Command) -> Command:
         "--server",
         metavar="HOST:PORT",
         default=None,
-        help=f"The daemon to talk to.  [env var: SESSIOND_SERVER; default: {DEFAULT_SERVER}]",
+        help=f"The daemon to talk to, or several of one bucket: HOST:PORT,HOST:PORT.  [env var: SESSIOND_SERVER;"
+        f" default: {DEFAULT_SERVER}]",
     )(command)
 
 

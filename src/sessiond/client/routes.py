@@ -30,8 +30,9 @@ CHANNELS_MAX: Final = 64
 # A server that could not be asked is asked last for so long, twice as long each time.
 AVOID_FIRST_S: Final = 0.5
 AVOID_MAX_S: Final = 8.0
-# An owner's address that can't be reached from here may be one of another network.
+# An owner's address that never answered may be one of another network; one that did is restarting.
 UNREACHABLE_S: Final = 30.0
+AWAY_S: Final = 1.0
 # Refusals of a node that another node need not share.
 ELSEWHERE: Final = frozenset(
     (
@@ -111,6 +112,8 @@ class Routes:
         # Server -> (until when it is left out, for how long next time).
         self._avoided: dict[str, tuple[float, float]] = {}
         self._unreachable: dict[str, float] = {}
+        # Owners' addresses that have answered.
+        self._reached: OrderedDict[str, None] = OrderedDict()
 
     @property
     def several(self) -> bool:
@@ -161,7 +164,16 @@ class Routes:
             if unreachable:
                 if len(self._unreachable) >= CHANNELS_MAX:
                     self._unreachable.pop(next(iter(self._unreachable)))
-                self._unreachable[address] = self._clock_s() + UNREACHABLE_S
+                self._unreachable[address] = self._clock_s() + (AWAY_S if address in self._reached else UNREACHABLE_S)
+
+    def reached(self, address: str) -> None:
+        """An owner answered there."""
+        if address in self._reached:
+            return
+        with self._lock:
+            self._reached[address] = None
+            if len(self._reached) > CHANNELS_MAX:
+                self._reached.popitem(last=False)
 
     def avoid(self, server: str) -> None:
         """Leave a server out for a while."""
@@ -221,7 +233,9 @@ class Route:
 
     def answered(self) -> None:
         """The attempt was answered."""
-        if not self.direct:
+        if self.direct:
+            self._routes.reached(self.address)
+        else:
             self._routes.answered(self.address)
 
     def redirected(self, error: SessiondError) -> bool:
