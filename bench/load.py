@@ -11,7 +11,9 @@ a grpcio client in Python takes as much CPU per call as the server, and on two c
     connections        callers are dealt out over so many connections
     callers            calls that are under way at any time
 
-and its answer: calls, seconds, p50_s, p99_s, cpu_s of this process.
+and its answer: calls, seconds, p50_s, p99_s, cpu_s of this process. With `crowd` every body is sent once, all of them
+as soon as the port takes a connection, and again after `retry_ms` where it was refused; times are then since the port
+opened, and the answer also has refused, max_s and bytes.
 """
 
 from __future__ import annotations
@@ -71,15 +73,25 @@ class Connection:
         self.headers = headers(path, f"{HOST}:{port}")
         self.next_stream = 1
         self.window = 65_535
-        self.received = 0
+        self.received = self.total = 0
         self.rest = b""
         self.under_way: dict[int, list[Any]] = {}  # stream -> [caller, when it was sent, bytes that came]
         self.waiting: deque[tuple[int, bytes]] = deque()
+        # Callers whose calls were refused; None where a refusal ends the run.
+        self.refused: list[int] | None = None
         self.socket.sendall(
             PREFACE
             + frame(SETTINGS, 0, 0, (4).to_bytes(2, "big") + WINDOW_MAX.to_bytes(4, "big"))
             + frame(WINDOW_UPDATE, 0, 0, (WINDOW_MAX - 65_535).to_bytes(4, "big"))
         )
+
+    def ended_badly(self, stream: int, what: str) -> None:
+        """A call was refused: that is counted, or ends the run."""
+        if self.refused is None:
+            raise RuntimeError(what)
+        row = self.under_way.pop(stream, None)
+        if row is not None:
+            self.refused.append(row[0])
 
     def call(self, caller: int, message: bytes) -> bytes:
         """The frames of one call, or nothing while the server's window has no room for it."""
@@ -111,18 +123,23 @@ class Connection:
             if kind == DATA:
                 self.under_way[stream][2] += size
                 self.received += size
+                self.total += size
             elif kind == HEADERS:
                 if flags & END_STREAM:
-                    caller, sent, came = self.under_way.pop(stream)
+                    came = self.under_way[stream][2]
                     if not came:  # an error has trailers only
-                        raise RuntimeError(f"a call failed: {data[at + 9 : at + 9 + size]!r}")
-                    ended.append((caller, time.perf_counter() - sent))
+                        self.ended_badly(stream, f"a call failed: {data[at + 9 : at + 9 + size]!r}")
+                    else:
+                        caller, sent, _ = self.under_way.pop(stream)
+                        ended.append((caller, time.perf_counter() - sent))
             elif kind == SETTINGS and not flags & ACK:
                 out += frame(SETTINGS, ACK, 0, b"")
             elif kind == PING and not flags & ACK:
                 out += frame(PING, ACK, 0, data[at + 9 : at + 17])
             elif kind == WINDOW_UPDATE and stream == 0:
                 self.window += int.from_bytes(data[at + 9 : at + 13], "big")
+            elif kind == RST_STREAM and self.refused is not None:
+                self.ended_badly(stream, "reset")
             elif kind in (RST_STREAM, GOAWAY):
                 raise RuntimeError(f"the server ended stream {stream}: frame {kind}, {data[at + 9 : at + 9 + size]!r}")
             at += 9 + size
@@ -192,6 +209,67 @@ class Generator:
             "cpu_s": cpu,
         }
 
+    def crowd(self, order: dict[str, Any]) -> dict[str, float]:
+        """Everybody at once: one call of each body as soon as the port is open, and again where it is refused."""
+        bodies = [bytes.fromhex(body) for body in order["bodies"]]
+        retry_s = order["retry_ms"] / 1000
+        waits_until = time.perf_counter() + IDLE_S_MAX
+        while True:
+            try:
+                first = Connection(order["port"], order["path"])
+                break
+            except ConnectionRefusedError:
+                if time.perf_counter() > waits_until:
+                    raise
+                time.sleep(0.001)
+        opened, cpu = time.perf_counter(), time.process_time()
+        connections = [first]
+        connections += [Connection(order["port"], order["path"]) for _ in range(order["connections"] - 1)]
+        after: list[float] = []
+        again: deque[tuple[float, int]] = deque()
+        refused = came = 0
+        with selectors.DefaultSelector() as selector:
+            for number, connection in enumerate(connections):
+                connection.refused = []
+                selector.register(connection.socket, selectors.EVENT_READ, connection)
+                callers = range(number, len(bodies), len(connections))
+                connection.socket.sendall(b"".join(connection.call(caller, bodies[caller]) for caller in callers))
+            heard = time.perf_counter()
+            while len(after) < len(bodies):
+                now = time.perf_counter()
+                while again and again[0][0] <= now:
+                    caller = again.popleft()[1]
+                    connection = connections[caller % len(connections)]
+                    connection.socket.sendall(connection.call(caller, bodies[caller]))
+                ready = selector.select(max(0.0, again[0][0] - now) if again else 1.0)
+                if not ready and now - heard > IDLE_S_MAX:
+                    raise RuntimeError(f"no answer for {IDLE_S_MAX} s; {len(after)} of {len(bodies)} came")
+                for key, _ in ready:
+                    connection, heard = key.data, time.perf_counter()
+                    ended, out = connection.receive()
+                    after += [heard - opened] * len(ended)
+                    for caller in connection.refused:
+                        refused += 1
+                        again.append((heard + retry_s, caller))
+                    connection.refused = []
+                    if out:
+                        connection.socket.sendall(out)
+            cpu = time.process_time() - cpu
+        for connection in connections:
+            came += connection.total
+            connection.socket.close()
+        after.sort()
+        return {
+            "calls": len(after),
+            "seconds": after[-1],
+            "p50_s": after[(len(after) - 1) // 2],
+            "p99_s": after[(len(after) * 99 - 1) // 100],
+            "max_s": after[-1],
+            "cpu_s": cpu,
+            "refused": refused,
+            "bytes": came,
+        }
+
     def close(self) -> None:
         """Close every connection."""
         for connections in self.kept.values():
@@ -204,7 +282,8 @@ def main() -> None:
     generator = Generator()
     try:
         for line in sys.stdin:
-            print(json.dumps(generator.run(json.loads(line))), flush=True)
+            order = json.loads(line)
+            print(json.dumps(generator.crowd(order) if "crowd" in order else generator.run(order)), flush=True)
     finally:
         generator.close()
 

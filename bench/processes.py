@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,33 @@ class Load:
             "callers": self._callers,
         }
         self._first += calls
+        return self._ordered(order)
+
+    def crowd(self, address: str, path: str, bodies: list[bytes], retry_ms: int) -> Future[dict[str, float]]:
+        """Everybody at once, as soon as the address can be connected to; the answer comes when all have theirs.
+
+        The generator waits for the port from now on, so that it is ready before the server is.
+        """
+        order = {
+            "crowd": True,
+            "port": int(address.rpartition(":")[2]),
+            "path": path,
+            "bodies": [body.hex() for body in bodies],
+            "connections": self._connections,
+            "retry_ms": retry_ms,
+        }
+        answer: Future[dict[str, float]] = Future()
+
+        def wait() -> None:
+            try:
+                answer.set_result(self._ordered(order))
+            except BaseException as error:
+                answer.set_exception(error)
+
+        threading.Thread(target=wait, name="crowd", daemon=True).start()
+        return answer
+
+    def _ordered(self, order: dict[str, Any]) -> dict[str, float]:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         # A server that hangs: the generator notices by itself; this is for a generator that does not.

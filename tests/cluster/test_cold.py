@@ -20,8 +20,9 @@ def turns_of(count: int) -> list[turn_pb2.TurnInput]:
     return [(user if number % 2 else assistant)(f"t{number}", f"turn {number}") for number in range(1, count + 1)]
 
 
-@pytest.mark.parametrize("count", [10, 10_000])
-@pytest.mark.parametrize("read_only", [False, True], ids=["claims", "read-only"])
+@pytest.mark.parametrize(
+    ("count", "read_only"), [(10, False), (10_000, False), (10_000, True)], ids=["few", "many", "many-read-only"]
+)
 def test_a_cold_resume_within_the_manifest_is_one_get(seaweed: Seaweed, count: int, read_only: bool) -> None:
     prefix = f"{PREFIX}-{count}-{read_only}"
     with (

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
-import pytest
-
 from sessiond.v1 import context_pb2
 from tests.cluster.ends import finish, make_writable, missing
 from tests.cluster.history import CLOUD_ACK, EDGE_ACK, History, orphans_of, read_logs
@@ -75,9 +73,8 @@ def check_reappended(cluster: Cluster, history: History) -> None:
     assert orphans_of(wire, WENT_ON) == []
 
 
-@pytest.mark.parametrize("store", ["folder", "seaweedfs"])
-def test_a_frozen_node_that_thaws_changes_nothing_and_its_turns_are_kept(store: str, seaweed: Seaweed) -> None:
-    with running_cluster(seaweed if store == "seaweedfs" else None, flush_interval_ms=NEVER_MS) as cluster:
+def test_a_frozen_node_that_thaws_changes_nothing_and_its_turns_are_kept(seaweed: Seaweed) -> None:
+    with running_cluster(seaweed, flush_interval_ms=NEVER_MS) as cluster:
         history = History()
         talk(cluster, history)
         frozen = cluster[0].wire()
