@@ -135,7 +135,7 @@ class Daemon:
         opened.callback(os.close, hold_data_dir(settings))
         hot = Environment(settings.hot_dir, settings.map_size_bytes, settings.readers_max, settings.commit_group_max)
         opened.callback(hot.close)
-        hot.bind_store(bucket.store_id)
+        hot.check_store(bucket.store_id)
 
         def hot_tier_failed(failure: SessiondError) -> None:
             log.error(telemetry.HOT_TIER_FAILED, reason=failure.reason, message=str(failure))
@@ -161,6 +161,8 @@ class Daemon:
             on_fenced=partial(fenced, hot, settings.node),
         )
         await reach(partial(take_node, lease, hot, hot.opened_at))
+        # Only now: its commit would make an older copy of the disk look like a newer one to the next start.
+        hot.bind_store(bucket.store_id)
         identity = NodeIdentity(hot.incarnation, settings.node, address)
         seen_ms = lease.seen_ms() or (0 if store.clock_ms() else last_seen_ms(store))
         expiry_ms = SteadyClock(now_ms, boot_clock_ms, store.clock_ms, seen_ms)

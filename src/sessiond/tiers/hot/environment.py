@@ -255,6 +255,22 @@ class Environment:
             os.close(self._file)
             self._file = -1
 
+    def check_store(self, store_id: bytes) -> None:
+        """Have everything that can be read on the disk, and check that this hot tier is of that bucket. It commits
+        nothing: whether this is an older copy of the disk is told by the number of its newest commit, which a start
+        that fails must not raise.
+
+        Raises Invalid WRONG_STORE if it is tied to another, Unavailable HOT_TIER_FAILED.
+        """
+        try:
+            # A process that was killed between its last write and the fsync leaves pages that can be seen and are not
+            # on the disk.
+            self._env.sync(True)
+        except lmdb.Error as error:
+            raise self._judge(error) from error
+        with self.read() as transaction:
+            self._check_bound(transaction, store_id)
+
     def bind_store(self, store_id: bytes) -> None:
         """Tie this hot tier to its bucket at first use, and note that it was opened. Before anything is served.
 
@@ -262,23 +278,25 @@ class Environment:
         """
 
         def operation(transaction: Transaction) -> None:
-            known = transaction.get("meta", META_STORE)
-            if known is None:
+            if not self._check_bound(transaction, store_id):
                 transaction.put("meta", META_STORE, store_id)
-            elif bytes(known) != store_id:
-                raise Invalid(
-                    "WRONG_STORE",
-                    f"The hot tier in {self.path} belongs to store {bytes(known).hex()}, not to {store_id.hex()}.",
-                    {"path": str(self.path)},
-                )
-            # A commit that changes something, at every start: a process that was killed between its last write and the
-            # fsync leaves pages that can be seen and are not on the disk. Nothing is served from them before this
-            # commit's fsync has put all of the file there. It also finds a disk that takes no writes before anybody
+            # A commit that changes something, at every start: it finds a disk that takes no writes before anybody
             # relies on it.
             opened = int.from_bytes(transaction.get("meta", META_OPENED) or b"", "big") + 1
             transaction.put("meta", META_OPENED, opened.to_bytes(8, "big"))
 
         self.run_blocking(operation)
+
+    def _check_bound(self, transaction: Transaction, store_id: bytes) -> bool:
+        """Whether it is tied to a bucket yet. Raises Invalid WRONG_STORE if that is another."""
+        known = transaction.get("meta", META_STORE)
+        if known is not None and bytes(known) != store_id:
+            raise Invalid(
+                "WRONG_STORE",
+                f"The hot tier in {self.path} belongs to store {bytes(known).hex()}, not to {store_id.hex()}.",
+                {"path": str(self.path)},
+            )
+        return known is not None
 
     @contextmanager
     def read(self) -> Iterator[Transaction]:
