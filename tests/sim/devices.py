@@ -161,11 +161,13 @@ class Device:
                 op.expected = (request.expected.epoch, request.expected.seq)
             self.note(answer.head, answer.missing)
             for turn in answer.turns:
-                place = turn.position
-                if self.highest is None or (place.epoch, place.seq) > (self.highest.epoch, self.highest.seq):
-                    self.highest = place
+                self.reached(turn.position)
         self.world.history.done(op)
         return not op.reason and op.kind == "append"
+
+    def reached(self, place: turn_pb2.TurnPosition) -> None:
+        if self.highest is None or (place.epoch, place.seq) > (self.highest.epoch, self.highest.seq):
+            self.highest = place
 
     def note(self, head: turn_pb2.TurnPosition, missing: Any) -> None:
         self.head = head
@@ -231,6 +233,7 @@ class Device:
             turn = answer.appended
             place = turn.position
             op.turns = [(turn.turn_id, place.epoch, place.seq, place.chain, turn.duplicate)]
+            self.reached(place)
         self.world.history.done(op)
 
     async def get(self) -> None:

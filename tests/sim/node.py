@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sessiond.core import envelope
 from sessiond.daemon import doubt_all, take_node
 from sessiond.errors import Corrupt, SessiondError
 from sessiond.service.forks import Forks
@@ -19,9 +20,11 @@ from sessiond.service.ownership import Ownership, Parts
 from sessiond.service.rescue import Rescues
 from sessiond.service.router import Router
 from sessiond.service.sessions import Sessions
+from sessiond.service.states import States
 from sessiond.service.watch import Watches
-from sessiond.tiers.cloud.bucket import open_bucket
+from sessiond.tiers.cloud.bucket import lease_key, open_bucket
 from sessiond.tiers.cloud.lease import Lease, last_seen_ms
+from sessiond.tiers.cloud.store import ObjectNotFound
 from sessiond.tiers.flush import Flusher
 from sessiond.tiers.hot.environment import Environment
 from sessiond.tiers.hydrate import Claims, Segments
@@ -31,7 +34,7 @@ from sessiond.tiers.steady import SteadyClock
 from sessiond.tiers.upkeep import Upkeep
 from sessiond.tokens import Tokenizer
 from sessiond.transport.peers import Credentials, node_key
-from sessiond.v1 import admin_pb2, session_pb2
+from sessiond.v1 import admin_pb2, session_pb2, state_pb2
 from tests.sim.bucket import START_MS, Link
 from tests.sim.schedule import FiberPool, Host
 from tests.sim.wire import Context, RpcError, SimChannels, SimServer, unreachable
@@ -99,7 +102,8 @@ class Machine:
         self.name = name
         self.daemon: SimDaemon | None = None
         self.disk = world.new_disk(name)
-        self.copies: list[tuple[int, Path]] = []
+        # (when, number of the newest commit, folder) of each copy of the disk.
+        self.copies: list[tuple[int, int, Path]] = []
         self.starts = 0
         self.clock_rate = 1.0 + world.rng.choice((0, 0, 1e-4, -1e-4, 0.05, -0.05))
         self.boot_offset_us = int(world.rng.random() * 1e12)
@@ -125,26 +129,35 @@ class Machine:
 
     def copy_disk(self) -> None:
         """Somebody takes a copy of the disk as it is."""
-        if not (self.disk.path / "data.mdb").exists():
+        if self.daemon is None or self.daemon.hot is None:
             return
         path = self.world.folder / f"copy-{self.disk.name}-{len(self.copies)}"
         path.mkdir()
         shutil.copyfile(self.disk.path / "data.mdb", path / "data.mdb")
-        self.copies.append((self.world.schedule.now_us, path))
+        self.copies.append((self.world.schedule.now_us, self.daemon.hot.transaction_id, path))
 
     def lose_disk(self) -> None:
         assert self.daemon is None
         self.world.history.disk_lost(self.disk)
+        self.world.disks_lost = True
         self.disk = self.world.new_disk(self.name)
         self.copies = []
+
+    def older_copies(self) -> list[tuple[int, Path]]:
+        """(when, folder) of copies from before the newest renewal: what a lease can tell from the disk itself."""
+        try:
+            stored = self.world.direct.get(lease_key(self.name)).body
+        except ObjectNotFound:
+            return []
+        newest = int(envelope.unseal(stored, envelope.KIND_LEASE, self.name)[0]["txn"])
+        return [(taken_us, path) for taken_us, commit, path in self.copies if commit < newest]
 
     def restore_disk(self) -> None:
         """An older copy of the disk is put in its place."""
         assert self.daemon is None
-        if not self.copies:
-            return  # nobody made one
-        taken_us, copy = self.world.rng.choice(self.copies)
+        taken_us, copy = self.world.chaos.choice(self.older_copies())
         self.world.history.disk_lost(self.disk)
+        self.world.disks_lost = True
         before, self.disk = self.disk, self.world.new_disk(self.name)
         self.disk.path.mkdir(parents=True)
         shutil.copyfile(copy / "data.mdb", self.disk.path / "data.mdb")
@@ -188,7 +201,7 @@ class SimDaemon:
         commits = Commits(host, knobs.fsync_us)
         self.hot = hot = Environment(self.disk.path, MAP_BYTES, 126, knobs.group_max, commits)
         commits.hot = hot
-        hot.bind_store(bucket.store_id)
+        hot.check_store(bucket.store_id)
         name, address = self.machine.name, self.machine.name
         lease = Lease(
             link,
@@ -203,6 +216,7 @@ class SimDaemon:
             on_fenced=partial(doubt_all, hot),
         )
         take_node(lease, hot, hot.opened_at)
+        hot.bind_store(bucket.store_id)
         identity = Identity(hot.incarnation, name, address)
         seen_ms = lease.seen_ms() or (0 if link.clock_ms() else last_seen_ms(link))
         expiry_ms = SteadyClock(host.wall_ms, host.boot_ms, link.clock_ms, seen_ms)
@@ -222,6 +236,7 @@ class SimDaemon:
             pools=(FiberPool(host, "flush", knobs.flush_threads), FiberPool(host, "flush-now", knobs.flush_threads)),
         )
         claims = Claims(hot, link, bucket, identity, schedule.sleep, lambda: lease.tenure, FiberPool(host, "index", 16))
+        peers = Peers(link, identity, knobs.lease_ms, host.boot_ms)
         parts = Parts(
             hot=hot,
             store=link,
@@ -241,7 +256,7 @@ class SimDaemon:
             turn_bytes_max=1 << 20,
             default_budget_tokens=4000,
             serve_unconfirmed=knobs.serve_unconfirmed,
-            peers=Peers(link, identity, knobs.lease_ms, host.boot_ms),
+            peers=peers,
             boot_ms=host.boot_ms,
         )
         ownership = Ownership(parts)
@@ -269,6 +284,7 @@ class SimDaemon:
             evict_at_percent=knobs.evict_at_percent,
             wait=schedule.sleep,
             fenced=rescues.note,
+            peers=peers,
         )
         self.admin = Admin(
             parts,
@@ -283,8 +299,12 @@ class SimDaemon:
         )
         self.admin.watches = watches
         self.server.serve(self.sessions, self.admin, router, credentials, rescues.apply, hot.incarnation, watches)
-        forks = Forks(parts, ownership, self.sessions)
+        forks, states = Forks(parts, ownership, self.sessions), States(parts, ownership)
         self.server.also_serve("ForkSession", session_pb2.ForkSessionRequest, forks.fork)
+        self.server.also_serve("GetState", state_pb2.GetStateRequest, states.get)
+        self.server.also_serve("PutState", state_pb2.PutStateRequest, states.put)
+        self.server.also_serve("DeleteState", state_pb2.DeleteStateRequest, states.delete)
+        self.server.also_serve("ListStates", state_pb2.ListStatesRequest, states.list_states)
         self.server.also_serve("WarmSession", session_pb2.WarmSessionRequest, self.sessions.warm)
         self.sessions.ask = router.ask_to_resume
         self.lease, self.flusher, self.bucket = lease, flusher, bucket
