@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from sessiond.daemon import take_node
+from sessiond.errors import Invalid
 from sessiond.tiers.cloud.folder import FolderStore
 from sessiond.tiers.cloud.lease import Lease
 from sessiond.tiers.cloud.store import Ambiguous
+from sessiond.tiers.hot.environment import Environment
 from sessiond.tiers.hot.rows import PHASE_DOUBTED, PHASE_OWNED
 from tests.tiers.test_commits import Killed, World, lost_answers, talk
 
@@ -107,3 +109,20 @@ def test_a_store_that_never_tells_ends_the_attempt(tmp_path: Path) -> None:
     held = Lease(Silent(tmp_path), "n1", b"i" * 16, "here", 4000, lambda: None, lambda _: None)
     with pytest.raises(Exception, match="no known outcome"):
         held.acquire()
+
+
+def test_starts_that_fail_make_an_old_copy_of_the_disk_no_newer(tmp_path: Path) -> None:
+    first = Environment(tmp_path / "hot", 1 << 24, 16, 8)
+    first.bind_store(b"s" * 16)
+    before = first.transaction_id
+    first.close()
+    for _ in range(3):
+        # As far as a start comes that can't take its name.
+        again = Environment(tmp_path / "hot", 1 << 24, 16, 8)
+        again.check_store(b"s" * 16)
+        assert again.opened_at == again.transaction_id == before
+        again.close()
+    again = Environment(tmp_path / "hot", 1 << 24, 16, 8)
+    with pytest.raises(Invalid):
+        again.check_store(b"t" * 16)
+    again.close()
