@@ -186,6 +186,10 @@ class History:
         before, writer = told.present, manifest.epochs[-1][1]
         what = f"{told.name}: {host.name} wrote epoch {manifest.epoch} mutation {manifest.mutation}"
         told.present = manifest
+        life = {1: "active", 2: "archived", 3: "DELETED"}[manifest.lifecycle]
+        owned = str(manifest.owner[1]) if manifest.owner is not None else "nobody"
+        stands = f"epoch {manifest.epoch} mutation {manifest.mutation} head {manifest.head} of {owned} {life}"
+        self._schedule.note("store", f"{told.name}: {stands} loss {manifest.loss} orphans {len(manifest.orphans)}")
         owner = self._owners.setdefault((manifest.h, manifest.epoch), writer)
         if owner != writer:
             self.broken("I5", f"{what} as another incarnation than the epoch's first")
@@ -194,7 +198,8 @@ class History:
                 self.broken("I5", f"{what} over epoch {before.epoch}")
             if manifest.mutation <= before.mutation:
                 self.broken("I4", f"{what} over mutation {before.mutation}")
-            if before.lifecycle == LIFECYCLE_DELETED:
+            # A tombstone may be written once more: without the pins of forks that are gone, or by whoever hears late.
+            if before.lifecycle == LIFECYCLE_DELETED != manifest.lifecycle:
                 self.broken("I13", f"{what} over a tombstone")
             if manifest.head < before.head:
                 self.broken("I4", f"{what} with head {manifest.head} over head {before.head}")
