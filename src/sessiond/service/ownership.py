@@ -7,10 +7,10 @@ live node is never taken, and that one claim of a session is on its way at a tim
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, Generic, Protocol, TypeVar
 
 from sessiond import core
 from sessiond.core.expiry import lifecycle_at
@@ -46,6 +46,7 @@ INLINE_COUNT_BYTES_MAX: Final = 4096
 REASON_LOST: Final = context_pb2.MISSING_REASON_HOT_TIER_LOST
 REASON_UNREACHABLE: Final = context_pb2.MISSING_REASON_OWNER_UNREACHABLE
 
+Key = TypeVar("Key")
 Result = TypeVar("Result")
 
 
@@ -136,17 +137,49 @@ class Moves:
     rescues: dict[str, int] = field(default_factory=dict)
 
 
+class _Looks(Generic[Key, Result]):
+    """Reads that callers share, each getting one that began after it asked: two at a time for one key, at most."""
+
+    def __init__(self) -> None:
+        self._begun = 0
+        self._running: dict[Key, asyncio.Task[tuple[int, Result | SessiondError]]] = {}
+
+    async def look(self, key: Key, read: Callable[[], Awaitable[Result]]) -> Result:
+        """What a read finds that begins from now on. Raises as it does."""
+        asked = self._begun
+        while True:
+            task = self._running.get(key)
+            if task is None:
+                task = self._running[key] = asyncio.ensure_future(self._read(key, read))
+            begun, found = await asyncio.shield(task)
+            if begun <= asked:
+                continue
+            if isinstance(found, SessiondError):
+                raise found
+            return found
+
+    async def _read(self, key: Key, read: Callable[[], Awaitable[Result]]) -> tuple[int, Result | SessiondError]:
+        self._begun += 1
+        begun = self._begun
+        try:
+            return begun, await read()
+        except SessiondError as error:
+            return begun, error
+        finally:
+            # Before anybody hears of it: one who comes later must find no read that is over.
+            self._running.pop(key, None)
+
+
 class Ownership:
     """The sessions of this node, and the way to those that are not."""
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self._hot = parts.hot
-        self._loads: dict[bytes, asyncio.Task[Cold | None]] = {}
+        self._loads: _Looks[bytes, Cold | None] = _Looks()
+        self._verdicts: _Looks[tuple[str, bytes], Verdict] = _Looks()
         self._claiming: dict[bytes, asyncio.Task[bool]] = {}
         self._settling: dict[bytes, asyncio.Task[None]] = {}
-        self._looking: dict[tuple[str, bytes], tuple[int, asyncio.Task[Verdict]]] = {}
-        self._looks = 0
         self.creating: set[asyncio.Future[bool]] = set()
         self.draining = False
         self.moves = Moves()
@@ -167,19 +200,14 @@ class Ownership:
     # Finding a session -------------------------------------------------------------------------------------------
 
     async def load(self, h: bytes) -> Cold | None:
-        """The session as the cloud tier has it now; callers that ask at the same time share one GET."""
-        task = self._loads.get(h)
-        if task is None:
-            task = asyncio.ensure_future(self._load(h))
-            self._loads[h] = task
-        return await asyncio.shield(task)
+        """The session as the cloud tier has it, by a GET that began after this call: one from before may lack what was
+        acknowledged elsewhere since. Callers that wait at the same time share one.
+        """
+        return await self._loads.look(h, lambda: self._load(h))
 
     async def _load(self, h: bytes) -> Cold | None:
         tenure = self.tenure()
-        try:
-            cold = await self.off_loop(load, self._parts.store, h)
-        finally:
-            self._loads.pop(h, None)
+        cold = await self.off_loop(load, self._parts.store, h)
         return None if cold is None else replace(cold, tenure=tenure)
 
     async def cold(self, h: bytes, session_id: str, user_id: str) -> Cold:
@@ -282,31 +310,9 @@ class Ownership:
 
     async def _verdict(self, owner: Owner) -> Verdict:
         """What became of a node, by a look that began after this call; callers that wait at the same time share one."""
-        assert self._parts.peers is not None
-        key = owner.name, owner.incarnation
-        asked = self._looks
-        while True:
-            look = self._looking.get(key)
-            if look is None:
-                self._looks += 1
-                look = self._looks, asyncio.ensure_future(self._look(owner))
-                self._looking[key] = look
-            try:
-                verdict = await asyncio.shield(look[1])
-            except SessiondError:
-                if look[0] > asked:
-                    raise
-                continue
-            if look[0] > asked:
-                return verdict
-
-    async def _look(self, owner: Owner) -> Verdict:
-        assert self._parts.peers is not None
-        try:
-            return await self.off_loop(self._parts.peers.verdict, owner)
-        finally:
-            # Before anybody hears of it: one who comes later must find no look that is over.
-            self._looking.pop((owner.name, owner.incarnation), None)
+        peers = self._parts.peers
+        assert peers is not None
+        return await self._verdicts.look((owner.name, owner.incarnation), lambda: self.off_loop(peers.verdict, owner))
 
     async def settle(self) -> None:
         """Return once no creation or claim is on its way; after `draining` is set, none begins."""

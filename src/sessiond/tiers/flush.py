@@ -828,7 +828,13 @@ class Flusher:
 
     def _catch_up(self, h: bytes, cut: _Cut, lost: Conflict, release: bool, repins: Sequence[Repin] = ()) -> Flushed:
         """The manifest is not where our rows say. Either an answer of ours was lost, or somebody else is the owner."""
-        found = load(self._store, h)
+        try:
+            found = load(self._store, h)
+        except Unavailable as error:
+            if not release:
+                raise
+            # What stands there may be a successor's, behind a release of ours whose answer was lost.
+            raise refusal(Ambiguous(manifest_key(h), error.message)) from error
         if found is None:
             raise lost
         theirs, head = found.manifest, cut.head
