@@ -24,6 +24,7 @@ from sessiond.service.watch import Watches
 from sessiond.tiers.cloud.counting import CountingStore
 from sessiond.tiers.flush import Flushed
 from sessiond.tiers.hot.rows import PHASE_DOUBTED, PHASE_FENCED, PHASE_OWNED, PHASE_RELEASING, decode_head
+from sessiond.tiers.hydrate import is_stranded
 from sessiond.tiers.upkeep import Upkeep
 from sessiond.v1 import admin_pb2, session_pb2
 
@@ -209,18 +210,21 @@ class Node:
                 response.failures[session_id] = "NOT_OWNER"
         return response
 
-    def _owned(self) -> list[bytes]:
+    def _held(self) -> tuple[list[bytes], list[bytes]]:
+        """(sessions that are to be released, those with acknowledged turns that only a rescue brings elsewhere)."""
         owned: list[bytes] = []
+        stranded: list[bytes] = []
         with self._parts.hot.read() as transaction:
             for key, value in transaction.scan("heads", b""):
                 try:
                     head = decode_head(key, value)
-                    unflushed = head.phase == PHASE_FENCED and head.head_seq > head.cloud_seq
-                    if head.phase in (PHASE_OWNED, PHASE_RELEASING, PHASE_DOUBTED) or unflushed:
+                    if head.phase in (PHASE_OWNED, PHASE_RELEASING, PHASE_DOUBTED):
                         owned.append(key)
+                    elif is_stranded(head):
+                        stranded.append(key)
                 except SessiondError:
                     owned.append(key)  # a damaged row can't be released: the drain must say so
-        return owned
+        return owned, stranded
 
     async def drain(self, grace_ms: int) -> AsyncIterator[admin_pb2.DrainResponse]:
         """Refuse new work, then flush and release every session; the last progress says how it ended."""
@@ -243,11 +247,15 @@ class Node:
         seen: Counter[str] = Counter()
         while True:
             if self._rescues is not None:
+                for offered in self._held()[1]:
+                    self._rescues.note(offered)
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._rescues.settle(), max(0.001, (deadline_ms - parts.boot_ms()) / 1000))
-            owned = self._owned()
+            owned, stranded = self._held()
             failures: Counter[str] = Counter()
-            progress.remaining_sessions = len(owned)
+            progress.remaining_sessions = len(owned) + len(stranded)
+            if stranded:
+                failures["UNFLUSHED_TURNS"] = len(stranded)
             reported_ms = 0
             in_flight: set[asyncio.Future[Flushed]] = set()
             queue = iter(owned)
@@ -286,10 +294,14 @@ class Node:
             progress.failed_sessions = sum(seen.values())
             progress.failures.clear()
             progress.failures.update(seen)
-            left = self._owned()
-            progress.remaining_sessions = len(left)
+            owned, stranded = self._held()
+            left = len(owned) + len(stranded)
+            progress.remaining_sessions = left
+            # Whoever owns what was offered may be on its way back.
             hopeless = bool(failures) and not any(
-                REASONS[reason].retry_after_ms for reason in failures if reason in REASONS
+                REASONS[reason].retry_after_ms or reason == "UNFLUSHED_TURNS"
+                for reason in failures
+                if reason in REASONS
             )
             if not left or hopeless or parts.boot_ms() >= deadline_ms:
                 progress.done = True

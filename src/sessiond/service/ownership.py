@@ -354,8 +354,11 @@ class Ownership:
             self.moves.steals += cold.manifest.owner is not None
         return taken
 
-    async def take(self, call: Call, h: bytes, session_id: str, user_id: str, *, writes: bool = False) -> None:
-        """Return once this node owns the session and holds its rows. writes: in order to append to it.
+    async def take(
+        self, call: Call, h: bytes, session_id: str, user_id: str, *, writes: bool = False, drains: bool = True
+    ) -> None:
+        """Return once this node owns the session and holds its rows. writes: in order to append to it. drains: a node
+        that drains takes nothing; False for what it must take in order to leave nothing behind.
 
         Raises OwnedElsewhere, NotFound, Unavailable, Corrupt, Denied SESSION_ARCHIVED.
         """
@@ -365,7 +368,7 @@ class Ownership:
             if head is not None and head.phase == PHASE_OWNED:
                 self.admit(session_id, head, user_id)
                 return
-            if self.draining:
+            if self.draining and drains:
                 raise draining()
             claiming = self._claiming.get(h)
             if claiming is None:

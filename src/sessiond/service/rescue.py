@@ -8,7 +8,9 @@ or as a listed orphan, and that no turn is applied twice. It never decides who o
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
+from collections import Counter, deque
+from functools import partial
+from itertools import islice
 from typing import Any, Final
 
 import msgpack
@@ -35,7 +37,7 @@ from sessiond.tiers.hot.rows import (
     decode_committed,
     encode_committed,
 )
-from sessiond.tiers.hydrate import load, orphan_frames
+from sessiond.tiers.hydrate import is_stranded, load, orphan_frames
 from sessiond.tiers.peers import Owner
 from sessiond.tokens import Tokenizer
 from sessiond.v1 import node_pb2, turn_pb2
@@ -49,6 +51,7 @@ ATTEMPTS_MAX: Final = 8
 OFFER_S: Final = 30.0
 EVERY_S: Final = 0.5
 IN_FLIGHT_MAX: Final = 8
+QUEUE_MAX: Final = 1024
 # A session whose turns could not be brought anywhere is tried again after so long.
 RETRY_FIRST_S: Final = 1.0
 RETRY_LAST_S: Final = 30.0
@@ -65,7 +68,9 @@ class Rescues:
         self._peers = peers
         self._due: dict[bytes, float] = {}
         self._backoff_s: dict[bytes, float] = {}
-        self._offering: set[asyncio.Task[None]] = set()
+        # What is due, gathered so many at a time.
+        self._queue: deque[bytes] = deque()
+        self._offering: dict[bytes, asyncio.Task[None]] = {}
         self.outcomes: Counter[str] = Counter()
         self.last_error = ""
 
@@ -76,30 +81,40 @@ class Rescues:
         self._due.setdefault(h, 0.0)
 
     async def run(self) -> None:
-        """Offer what is noted, until cancelled."""
+        """Offer what is noted, until cancelled. A node that drains says when: `settle`."""
         while True:
-            self.offer_due()
-            await asyncio.sleep(EVERY_S)
+            if not self._own.draining:
+                self.offer_due()
+            if len(self._offering) < IN_FLIGHT_MAX:
+                await asyncio.sleep(EVERY_S)
+            else:
+                await asyncio.wait(self._offering.values(), return_when=asyncio.FIRST_COMPLETED)
 
     def offer_due(self) -> None:
         """Begin to offer what is due now."""
-        now_s = self._parts.boot_ms() / 1000
-        for h, due_s in list(self._due.items()):
-            if len(self._offering) >= IN_FLIGHT_MAX:
-                return
-            if due_s <= now_s:
-                self._due[h] = now_s + RETRY_LAST_S + OFFER_S
-                task = asyncio.ensure_future(self._try(h))
-                self._offering.add(task)
-                task.add_done_callback(self._offering.discard)
+        if not self._queue:
+            now_s = self._parts.boot_ms() / 1000
+            self._queue.extend(islice((h for h, due_s in list(self._due.items()) if due_s <= now_s), QUEUE_MAX))
+        self._begin(self._queue)
 
     async def settle(self) -> None:
         """Offer everything that is noted, once, and return when that is done."""
-        for h in list(self._due):
-            self._due[h] = 0.0
-        self.offer_due()
-        while self._offering:
-            await asyncio.wait(set(self._offering))
+        left = deque(self._due)
+        while left or self._offering:
+            self._begin(left)
+            if self._offering:
+                await asyncio.wait(self._offering.values(), return_when=asyncio.FIRST_COMPLETED)
+
+    def _begin(self, waiting: deque[bytes]) -> None:
+        """Begin with as many as there is room for."""
+        while waiting and len(self._offering) < IN_FLIGHT_MAX:
+            h = waiting.popleft()
+            if h in self._due and h not in self._offering:
+                task = self._offering[h] = asyncio.ensure_future(self._try(h))
+                task.add_done_callback(partial(self._ended, h))
+
+    def _ended(self, h: bytes, task: asyncio.Task[None]) -> None:
+        del self._offering[h]
 
     async def _try(self, h: bytes) -> None:
         try:
@@ -114,12 +129,13 @@ class Rescues:
             self._backoff_s.pop(h, None)
 
     async def offer(self, h: bytes) -> None:
-        """Bring a fenced session's turns into its log, or have them listed; then drop the rows here.
+        """Bring a fenced session's turns into its log, or have them listed; then drop the rows here. The turns behind a
+        claim that was cut short likewise: whoever owns the session meanwhile has no other way to them.
 
         Raises Unavailable, Corrupt, PeerUnreachable; the rows stay then.
         """
         head = self._own.peek(h)
-        if head is None or head.phase != PHASE_FENCED:
+        if head is None or not (head.phase == PHASE_FENCED or is_stranded(head)):
             return
         blobs = await self._own.off_loop(self._parts.claims.put_fenced_blobs, h)
         if head.head_seq <= head.cloud_seq and blobs is None:
@@ -156,7 +172,7 @@ class Rescues:
             except PeerUnreachable:
                 call = Call(cold.manifest.tenant, None, forwarded=True, unreachable=there)
         # Nobody owns it, or whoever does is gone: it is taken, over the rows that are in the orphan now.
-        await self._own.take(call, h, session, user)
+        await self._own.take(call, h, session, user, drains=False)
         self._count((await self.apply(request)).outcome)
 
     def _count(self, outcome: int) -> None:
@@ -167,7 +183,7 @@ class Rescues:
 
         def operation(transaction: Transaction) -> None:
             head = log.read_head(transaction, h)
-            if head is None or (head.phase, head.epoch, head.head_seq) != (PHASE_FENCED, was.epoch, was.head_seq):
+            if head is None or (head.phase, head.epoch, head.head_seq) != (was.phase, was.epoch, was.head_seq):
                 return
             log.drop_session(transaction, h, bucket.users_key(head.tenant, head.user, head.created_ms, h))
 

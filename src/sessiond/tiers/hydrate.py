@@ -558,7 +558,7 @@ class Claims:
                 value = transaction.get("manifests", h)
                 if known is None or value is None:
                     return None
-                if known.phase != PHASE_FENCED and not (known.phase == PHASE_CLAIMING and has_orphans(known)):
+                if not is_stranded(known):
                     return None
                 base = decode_committed(h, value)
                 if blob_rules.equals(hot_blobs.read_ledger(transaction, h), base.state_keys):
@@ -578,9 +578,7 @@ class Claims:
         """
         with self._hot.read() as transaction:
             known = log.read_head(transaction, h)
-            if known is None or known.head_seq <= known.cloud_seq:
-                return None
-            if known.phase != PHASE_FENCED and not (known.phase == PHASE_CLAIMING and has_orphans(known)):
+            if known is None or known.head_seq <= known.cloud_seq or not is_stranded(known):
                 return None
             first = known.cloud_seq + 1
             frames, last = log.frames_between(transaction, h, first, known.head_seq, ORPHAN_BYTES_MAX)
@@ -706,6 +704,15 @@ def is_claim_of(head: Head, manifest: Manifest) -> bool:
 def has_orphans(head: Head) -> bool:
     """Whether a claim on its way goes over rows with acknowledged turns that no log has."""
     return bool(head.claim and len(head.claim) > 2 and head.claim[2])
+
+
+def is_stranded(head: Head) -> bool:
+    """Whether these rows may have acknowledged turns or blobs that only a rescue brings into the cloud tier: of a fenced
+    session, or behind a claim over one whose outcome nobody has heard of.
+    """
+    if head.phase == PHASE_FENCED:
+        return head.head_seq > head.cloud_seq or head.changes > head.changes_flushed
+    return head.phase == PHASE_CLAIMING and has_orphans(head)
 
 
 def bounded_loss(rows: list[list[int]]) -> list[list[int]]:

@@ -34,7 +34,7 @@ from sessiond.tiers.hot.rows import (
     decode_head,
     user_key,
 )
-from sessiond.tiers.hydrate import Cold, Node, load, put_settled
+from sessiond.tiers.hydrate import Cold, Node, is_stranded, load, put_settled
 from sessiond.tiers.peers import GONE, SILENT, Owner, Peers
 from sessiond.tiers.pins import let_go
 from sessiond.tiers.retire import ended
@@ -95,7 +95,7 @@ class Upkeep:
         peers: Peers | None = None,
     ) -> None:
         """resumed_ms: when a session was last read, 0 if that is not known. idle_release_ms: 0 releases none.
-        fenced: told of sessions that another node took over.
+        fenced: told of sessions that another node took over, each time round until their rows are gone.
         """
         self._hot = hot
         self._store = store
@@ -163,7 +163,7 @@ class Upkeep:
                 copies.append((h, head))
             if head.phase in self._counts and not is_hidden(head.session):
                 self._counts[head.phase] += 1
-            if head.phase == PHASE_FENCED:
+            if head.phase == PHASE_FENCED or is_stranded(head):
                 self._fenced(h)
             if head.phase == PHASE_DOUBTED and head.is_dirty:
                 # Whoever has it now lacks these turns, and says so until they are brought there.

@@ -1,0 +1,157 @@
+"""Turns that a fenced node had acknowledged are brought to the session's owner, whatever went wrong on the way before.
+
+Real nodes in this process, over a folder that answers as a test tells it to (test_commits.py); what one node offers
+another comes there without a network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sessiond.core import rules
+from sessiond.daemon import doubt_all
+from sessiond.service.node import CallCounts, Node
+from sessiond.service.rescue import IN_FLIGHT_MAX, Rescues
+from sessiond.service.router import PeerUnreachable
+from sessiond.tiers.cloud.counting import CountingStore
+from sessiond.tiers.hot.rows import PHASE_CLAIMING, PHASE_FENCED
+from sessiond.tiers.hydrate import load
+from sessiond.v1 import admin_pb2, node_pb2, session_pb2
+from tests.tiers.test_commits import Land, LiveNode, World, fenced, is_manifest, refused, unsent, user
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    made = World(tmp_path)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+class Wire:
+    """Every node of the world, by its hot tier."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.cut = 0
+
+    async def call(self, address: str, request: node_pb2.ForwardRequest, timeout_s: float) -> node_pb2.ForwardResponse:
+        raise PeerUnreachable("no call is forwarded here")
+
+    async def rescue(self, address: str, request: node_pb2.RescueRequest, timeout_s: float) -> node_pb2.RescueResponse:
+        if self.cut:
+            self.cut -= 1
+            raise PeerUnreachable("the way is cut")
+        for node in self.world.nodes:
+            if node.node.incarnation == request.incarnation:
+                return await rescues(node).apply(request)
+        raise PeerUnreachable("no such node")
+
+    def reason(self, status: bytes) -> str:
+        return ""
+
+
+def rescues(node: LiveNode, wire: Wire | None = None) -> Rescues:
+    return Rescues(node.sessions._parts, node.sessions.ownership, wire or Wire(node.world))
+
+
+def drained(node: LiveNode, offering: Rescues, grace_ms: int = 10_000) -> admin_pb2.DrainResponse:
+    """How a drain of this node ends."""
+    parts = node.sessions._parts
+    counted = CountingStore(node.world.store)
+    admin = Node(parts, node.sessions, counted, None, "test", grace_ms, CallCounts(), None, offering)  # type: ignore[arg-type]
+
+    async def drain() -> admin_pb2.DrainResponse:
+        last = admin_pb2.DrainResponse()
+        async for progress in admin.drain(0):
+            last.CopyFrom(progress)
+        return last
+
+    return node.world.run(drain())
+
+
+def no_manifest(key: str, land: Land) -> str:
+    return unsent(key, land) if is_manifest(key) else land()
+
+
+def cut_short(world: World) -> tuple[LiveNode, Rescues]:
+    """A fenced node whose attempt to take its session back, and its turns 3 and 4 with it, the store did not answer."""
+    node = fenced(world)
+    offering = rescues(node)
+    world.store.on_put = no_manifest
+    with refused("STORE_UNAVAILABLE"):
+        world.run(offering.offer(world.h))
+    world.store.heal()
+    assert node.head.phase == PHASE_CLAIMING
+    return node, offering
+
+
+def test_turns_behind_a_claim_that_failed_are_offered_to_whoever_took_the_session_since(world: World) -> None:
+    node, offering = cut_short(world)
+    owner = world.node("third", "n3")
+    owner.resume()
+    world.run(offering.offer(world.h))
+    assert [turn.turn_id for turn in owner.resume().turns] == ["t1", "t2", "t3", "t4"]
+    assert not node.proofs()
+
+
+def test_turns_behind_a_claim_that_failed_come_into_the_log_once_the_store_answers(world: World) -> None:
+    node, offering = cut_short(world)
+    world.run(offering.offer(world.h))
+    assert [turn.turn_id for turn in node.resume().turns] == ["t1", "t2", "t3", "t4"]
+
+
+def test_a_drain_with_turns_behind_a_claim_that_failed_is_not_called_clean(world: World) -> None:
+    node, offering = cut_short(world)
+    world.store.on_put = no_manifest
+    ended = drained(node, offering, 300)
+    assert ended.done
+    assert not ended.clean
+    assert node.proofs() >= world.acked
+
+
+def test_a_drain_brings_the_turns_behind_a_claim_that_failed_into_the_log(world: World) -> None:
+    node, offering = cut_short(world)
+    ended = drained(node, offering)
+    assert ended.clean
+    assert world.manifest.owner is None
+    assert world.manifest.head == 4
+
+
+def test_a_drain_offers_again_what_an_owner_that_was_out_of_reach_did_not_take(world: World) -> None:
+    node = fenced(world)
+    world.node("third", "n3").resume()
+    wire = Wire(world)
+    wire.cut = 2
+    ended = drained(node, rescues(node, wire))
+    assert ended.clean
+    assert wire.cut == 0
+    world.nodes[-1].flush()
+    assert world.manifest.head == 4
+
+
+def test_a_drain_offers_every_fenced_session_however_many_there_are(world: World) -> None:
+    first, second = world.node("first", "n1"), world.node("second", "n2")
+    offering = rescues(first)
+    names = [f"s{number}" for number in range(2 * IN_FLIGHT_MAX + 1)]
+    for name in names:
+        world.run(first.sessions.create(first.call, session_pb2.CreateSessionRequest(session_id=name)))
+        request = session_pb2.AppendTurnRequest(session_id=name, turns=[user("t1")])
+        world.run(first.sessions.append(first.call, request))
+        h = rules.session_hash(world.bucket.hash_key, "default", name)
+        cold = load(world.store, h)
+        assert cold is not None
+        assert second.claims.claim(cold, [1, 0, 1, 0], world.clock())
+        doubt_all(first.hot)
+        first.flusher.flush(h)
+        head = first.sessions.ownership.peek(h)
+        assert head is not None
+        assert head.phase == PHASE_FENCED
+        offering.note(h)
+    ended = drained(first, offering)
+    assert (dict(ended.failures), ended.clean) == ({}, True)
+    assert offering.outcomes == {"APPLIED": len(names)}
