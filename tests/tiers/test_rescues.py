@@ -6,6 +6,7 @@ another comes there without a network.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,10 +18,11 @@ from sessiond.service.node import CallCounts, Node
 from sessiond.service.rescue import IN_FLIGHT_MAX, Rescues
 from sessiond.service.router import PeerUnreachable
 from sessiond.tiers.cloud.counting import CountingStore
+from sessiond.tiers.hot.environment import Environment
 from sessiond.tiers.hot.rows import PHASE_CLAIMING, PHASE_FENCED
 from sessiond.tiers.hydrate import load
-from sessiond.v1 import admin_pb2, node_pb2, session_pb2
-from tests.tiers.test_commits import Land, LiveNode, World, fenced, is_manifest, refused, unsent, user
+from sessiond.v1 import admin_pb2, context_pb2, node_pb2, session_pb2
+from tests.tiers.test_commits import Land, LiveNode, World, assistant, fenced, is_manifest, refused, talk, unsent, user
 
 
 @pytest.fixture
@@ -155,3 +157,43 @@ def test_a_drain_offers_every_fenced_session_however_many_there_are(world: World
     ended = drained(first, offering)
     assert (dict(ended.failures), ended.clean) == ({}, True)
     assert offering.outcomes == {"APPLIED": len(names)}
+
+
+def test_an_older_disk_that_brings_some_of_what_was_lost_does_not_hide_the_rest(world: World) -> None:
+    node = talk(world, "first")
+    node.flush()
+    node.append(user("t3"), assistant("t4"))
+    world.nodes.remove(node)
+    node.close()
+    shutil.copytree(world.path / "first", world.path / "older")
+    node = world.node("first")
+    node.append(user("t5"), assistant("t6"))
+    second = world.node("second", "n2")
+    assert second.take_over()
+    # The disk is gone; the copy of it is another hot tier.
+    copy = Environment(world.path / "older", 1 << 30, 128, 64)
+    copy.mint_incarnation()
+    copy.close()
+    back = world.node("older")
+    doubt_all(back.hot)
+    back.flush()
+    world.run(rescues(back).offer(world.h))
+    reply = second.resume()
+    assert [turn.turn_id for turn in reply.turns] == ["t1", "t2", "t3", "t4"]
+    assert reply.receipt.rung == context_pb2.RUNG_PARTIAL
+    assert reply.receipt.missing
+
+
+def test_a_fenced_disk_that_brings_all_that_was_lost_leaves_nothing_missing(world: World) -> None:
+    node = talk(world, "first")
+    node.flush()
+    node.append(user("t3"), assistant("t4"))
+    second = world.node("second", "n2")
+    assert second.take_over()
+    assert second.resume().receipt.missing
+    doubt_all(node.hot)
+    node.flush()
+    world.run(rescues(node).offer(world.h))
+    reply = second.resume()
+    assert reply.receipt.rung == context_pb2.RUNG_HOT
+    assert not reply.receipt.missing

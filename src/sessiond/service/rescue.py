@@ -37,7 +37,7 @@ from sessiond.tiers.hot.rows import (
     decode_committed,
     encode_committed,
 )
-from sessiond.tiers.hydrate import is_stranded, load, orphan_frames
+from sessiond.tiers.hydrate import is_stranded, load, read_orphan
 from sessiond.tiers.peers import Owner
 from sessiond.tokens import Tokenizer
 from sessiond.v1 import node_pb2, turn_pb2
@@ -204,7 +204,7 @@ class Rescues:
             await asyncio.wrap_future(self._parts.flusher.request(h))
             return node_pb2.RescueResponse(outcome=APPLIED if taken else KNOWN)
         row = [request.orphan, request.epoch, request.turns.first_seq, request.turns.last_seq, bytes(request.sha256)]
-        frames = await self._own.off_loop(orphan_frames, self._parts.store, h, row)
+        frames, incarnation = await self._own.off_loop(read_orphan, self._parts.store, h, row)
         turns = await self._own.counted(
             len(frames), restored, h, frames, self._parts.bucket.hash_key, self._parts.tokenizer
         )
@@ -239,7 +239,7 @@ class Rescues:
                         raise
                     except SessiondError:
                         outcome = LISTED  # the log refuses what it would have taken then: somebody has to look
-            self._note(transaction, h, row, outcome)
+            self._note(transaction, h, row, outcome, incarnation)
             return outcome
 
         for _ in range(ATTEMPTS_MAX):
@@ -277,15 +277,16 @@ class Rescues:
 
         return await self._hot.run(operation, 1 + sum(map(len, contents.values())))
 
-    def _note(self, transaction: Transaction, h: bytes, row: list[Any], outcome: int) -> None:
+    def _note(self, transaction: Transaction, h: bytes, row: list[Any], outcome: int, incarnation: bytes) -> None:
         """Write down what became of an orphan: in the list, or out of it, and whether anything is missing still."""
         head = log.read_head(transaction, h)
         assert head is not None
         manifest = decode_committed(h, transaction.get("manifests", h))
         others = [known for known in manifest.orphans if known[0] != row[0]]
         manifest.orphans = [*others, row] if outcome == LISTED else others
-        if outcome != LISTED:
-            # All that was acknowledged in that epoch is in the log.
+        if outcome != LISTED and [row[1], incarnation] in [[known[0], bytes(known[1])] for known in manifest.epochs]:
+            # All that was acknowledged in that epoch is in the log: these were the rows of its owner, to the last. An
+            # older copy of its disk is another hot tier, and may lack what came after the copy.
             head.loss = [loss for loss in head.loss if not (loss[0] == row[1] and loss[1] + 1 >= row[2])]
         head.changes += 1
         transaction.put("manifests", h, encode_committed(h, manifest))

@@ -222,6 +222,11 @@ def load(store: ObjectStore, h: bytes) -> Cold | None:
 
 def orphan_frames(store: ObjectStore, h: bytes, row: list[Any]) -> bytes:
     """The turns of an orphan, by its row [name, epoch, first, last, sha256]. Raises Corrupt, and as the store does."""
+    return read_orphan(store, h, row)[0]
+
+
+def read_orphan(store: ObjectStore, h: bytes, row: list[Any]) -> tuple[bytes, bytes]:
+    """(turns of an orphan, the incarnation whose rows they were). Raises Corrupt, and as the store does."""
     name, _, first, last, sha256 = row
     try:
         body = store.get(str(name)).body
@@ -231,11 +236,11 @@ def orphan_frames(store: ObjectStore, h: bytes, row: list[Any]) -> bytes:
         raise refusal(error) from error
     if hashlib.sha256(body).digest() != bytes(sha256):
         raise Corrupt("CORRUPT_SEGMENT", f"The orphan {name} does not match its name's sha256.", {"object": str(name)})
-    frames = envelope.unseal(body, envelope.KIND_ORPHAN, str(name))[1]
+    meta, frames = envelope.unseal(body, envelope.KIND_ORPHAN, str(name))
     if [header.seq for header in core.scan_frames(h, frames)] != list(range(int(first), int(last) + 1)):
         what = f"The orphan {name} holds other turns than {first} to {last}."
         raise Corrupt("CORRUPT_SEGMENT", what, {"object": str(name)})
-    return frames
+    return frames, bytes(meta.get("incarnation", b""))
 
 
 def indexed_session(store: ObjectStore, key: str) -> str:
@@ -558,7 +563,7 @@ class Claims:
                 value = transaction.get("manifests", h)
                 if known is None or value is None:
                     return None
-                if not is_stranded(known):
+                if known.phase != PHASE_FENCED and not is_stranded(known):
                     return None
                 base = decode_committed(h, value)
                 if blob_rules.equals(hot_blobs.read_ledger(transaction, h), base.state_keys):
@@ -591,6 +596,7 @@ class Claims:
             "user": known.user,
             "h": h,
             "epoch": known.epoch,
+            "incarnation": self._node.incarnation,
             "first": first,
             "last": last,
         }
