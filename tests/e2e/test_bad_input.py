@@ -983,7 +983,7 @@ def forwarded(wire: Wire, called: str, message: Message, key: bytes, **changed: 
     target = wire.admin.GetStatus(admin_pb2.GetStatusRequest()).incarnation
     raw_request = message.SerializeToString()
     fields: dict[str, Any] = {"method": called, "request": raw_request, "tenant": "default", "incarnation": target}
-    signed = signature(key, "elsewhere", bytes(16), target, called, raw_request)
+    signed = signature(key, "elsewhere", bytes(16), target, "default", called, raw_request)
     sent = node_pb2.ForwardRequest(**{**fields, **changed})
     header = (NODE_HEADER, f"elsewhere:{bytes(16).hex()}:{signed.hex()}")
     call = wire.channel.unary_unary("/sessiond.v1.NodeService/Forward")
@@ -1001,7 +1001,12 @@ def test_a_call_from_node_to_node_needs_the_key_that_they_share() -> None:
         refused("NODE_UNVERIFIED", None, lambda: unsigned(b"", timeout=30))
         refused("NODE_UNVERIFIED", None, lambda: forwarded(wire, "GetSession", request, bytes(32)))
         other = session_pb2.GetSessionRequest(session_id="another").SerializeToString()
-        for changed in ({"request": other}, {"method": "DeleteSession"}, {"incarnation": bytes(16)}):
+        for changed in (
+            {"request": other},
+            {"method": "DeleteSession"},
+            {"incarnation": bytes(16)},
+            {"tenant": "another"},
+        ):
             refused("NODE_UNVERIFIED", None, partial(forwarded, wire, "GetSession", request, key, **changed))
         # What is about the node itself is never another node's to ask.
         refused("NOT_SERVED_YET", None, lambda: forwarded(wire, "Drain", admin_pb2.DrainRequest(), key))

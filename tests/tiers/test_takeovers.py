@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import pytest
 from sessiond.service.ownership import OwnedElsewhere
 from sessiond.tiers.cloud.store import Ambiguous, Stored, StoreUnavailable
 from sessiond.tiers.hot.rows import PHASE_FENCED, PHASE_RELEASING
+from sessiond.tiers.hydrate import Segments
 from sessiond.v1 import context_pb2, session_pb2
 from tests.tiers.test_commits import PATIENCE_S, Land, S, World, is_manifest, refused, talk, user
 
@@ -93,3 +95,23 @@ def test_a_resume_after_an_append_elsewhere_does_not_share_a_read_from_before_it
 
     world.store.get = slow  # type: ignore[method-assign]
     assert [turn.turn_id for turn in world.run(scenario()).turns] == ["t1", "t2"]
+
+
+def test_a_segment_that_two_readers_fetch_at_once_is_counted_once(world: World) -> None:
+    node = talk(world)
+    node.append(*(user(f"large-{n}", "x" * 40_000) for n in range(3)))
+    node.flush()
+    manifest = world.manifest
+    assert manifest.segments
+    segments, both = Segments(world.store), threading.Barrier(2, timeout=PATIENCE_S)
+    get = world.store.get
+
+    def met(key: str, first_byte: int | None = None, last_byte: int | None = None) -> Stored:
+        both.wait()
+        return get(key, first_byte, last_byte)
+
+    world.store.get = met  # type: ignore[method-assign]
+    with ThreadPoolExecutor(2) as readers:
+        found = list(readers.map(lambda _: segments.frames(manifest, manifest.segments[0]), range(2)))
+    assert found[0] == found[1]
+    assert segments.held_bytes == len(found[0])

@@ -92,7 +92,7 @@ class Segments:
         self._store = store
         self._held: OrderedDict[tuple[str, bytes, int], bytes] = OrderedDict()
         self._indexes: OrderedDict[str, list[list[Any]]] = OrderedDict()
-        self._held_bytes = 0
+        self.held_bytes = 0
         self._lock = threading.Lock()
 
     def rows(self, manifest: Manifest) -> list[list[Any]]:
@@ -170,10 +170,11 @@ class Segments:
                 raise Corrupt("CORRUPT_SEGMENT", f"The segment {name} is of another history.", {"object": name})
             payload = forks.reseal(manifest.h, payload, headers)
         with self._lock:
+            # Another thread may have fetched it meanwhile; what is held once is counted once.
+            self.held_bytes += len(payload) - len(self._held.get(key, b""))
             self._held[key] = payload
-            self._held_bytes += len(payload)
-            while self._held_bytes > SEGMENT_BYTES_HELD_MAX and len(self._held) > 1:
-                self._held_bytes -= len(self._held.popitem(last=False)[1])
+            while self.held_bytes > SEGMENT_BYTES_HELD_MAX and len(self._held) > 1:
+                self.held_bytes -= len(self._held.popitem(last=False)[1])
         return payload
 
     def _object(self, name: str, sha256: str) -> bytes:

@@ -49,10 +49,13 @@ def node_key(configured: bytes, hash_key: bytes) -> bytes:
     )
 
 
-def signature(key: bytes, name: str, incarnation: bytes, target: bytes, method: str, raw: bytes) -> bytes:
-    """What proves that a node of the bucket sends these bytes to that hot tier. target: its incarnation."""
+def signature(key: bytes, name: str, incarnation: bytes, target: bytes, tenant: str, method: str, raw: bytes) -> bytes:
+    """What proves that a node of the bucket sends these bytes to that hot tier on a tenant's behalf, "" for its own.
+
+    target: the hot tier's incarnation.
+    """
     signed = hashlib.blake2b(digest_size=SIGNATURE_BYTES, key=key[:64], person=b"node call")
-    for part in (name.encode(), incarnation, target, method.encode(), raw):
+    for part in (name.encode(), incarnation, target, tenant.encode(), method.encode(), raw):
         signed.update(len(part).to_bytes(8, "big") + part)
     return signed.digest()
 
@@ -64,20 +67,22 @@ class Credentials:
         self._key = key
         self._node = node
 
-    def metadata(self, target: bytes, method: str, raw: bytes) -> tuple[tuple[str, str], ...]:
+    def metadata(self, target: bytes, tenant: str, method: str, raw: bytes) -> tuple[tuple[str, str], ...]:
         """The header of a call to another node."""
         node = self._node
-        proof = signature(self._key, node.name, node.incarnation, target, method, raw)
+        proof = signature(self._key, node.name, node.incarnation, target, tenant, method, raw)
         return ((NODE_HEADER, f"{node.name}:{node.incarnation.hex()}:{proof.hex()}"),)
 
-    def check(self, metadata: Sequence[tuple[str, str | bytes]] | Any, target: bytes, method: str, raw: bytes) -> str:
+    def check(
+        self, metadata: Sequence[tuple[str, str | bytes]] | Any, target: bytes, tenant: str, method: str, raw: bytes
+    ) -> str:
         """The name of the node that sent a call. Raises Denied NODE_UNVERIFIED."""
         for key, value in metadata or ():
             if key != NODE_HEADER:
                 continue
             with contextlib.suppress(ValueError):
                 name, incarnation, proof = str(value).rsplit(":", 2)
-                due = signature(self._key, name, bytes.fromhex(incarnation), target, method, raw)
+                due = signature(self._key, name, bytes.fromhex(incarnation), target, tenant, method, raw)
                 if hmac.compare_digest(due, bytes.fromhex(proof)):
                     return name
         raise Denied("NODE_UNVERIFIED", f"The call of {method} is not signed by a node of this bucket.")
@@ -101,7 +106,7 @@ class PeerChannels:
 
     async def call(self, address: str, request: node_pb2.ForwardRequest, timeout_s: float) -> node_pb2.ForwardResponse:
         """Send one forwarded call. Raises PeerUnreachable."""
-        signed = self._credentials.metadata(request.incarnation, request.method, request.request)
+        signed = self._credentials.metadata(request.incarnation, request.tenant, request.method, request.request)
         try:
             response = await self._stub(address).Forward(request, timeout=timeout_s, metadata=signed)
         except grpc.RpcError as error:
@@ -112,7 +117,7 @@ class PeerChannels:
     async def rescue(self, address: str, request: node_pb2.RescueRequest, timeout_s: float) -> node_pb2.RescueResponse:
         """Offer turns to a session's owner. Raises PeerUnreachable, Unavailable."""
         signed = self._credentials.metadata(
-            request.incarnation, "Rescue", request.SerializeToString(deterministic=True)
+            request.incarnation, "", "Rescue", request.SerializeToString(deterministic=True)
         )
         try:
             response = await self._stub(address).Rescue(request, timeout=timeout_s, metadata=signed)
@@ -129,7 +134,7 @@ class PeerChannels:
     ) -> AsyncIterator[node_pb2.ForwardWatchResponse]:
         """The events of a watch on another node. Raises PeerUnreachable."""
         call = request.call
-        signed = self._credentials.metadata(call.incarnation, call.method, call.request)
+        signed = self._credentials.metadata(call.incarnation, call.tenant, call.method, call.request)
         try:
             async for event in self._stub(address).ForwardWatch(request, metadata=signed):
                 yield event

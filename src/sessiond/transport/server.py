@@ -295,7 +295,7 @@ class Server:
             raise self._not_served("ForwardWatch")
         call = parse(node_pb2.ForwardWatchRequest, raw, self._request_bytes_max + FORWARD_BYTES).call
         metadata: Any = context.invocation_metadata()
-        self._credentials.check(metadata, call.incarnation, call.method, call.request)
+        self._credentials.check(metadata, call.incarnation, call.tenant, call.method, call.request)
         last = node_pb2.ForwardResponse(not_owner=True)
         if call.incarnation == self._incarnation and call.method == WATCH:
             try:
@@ -320,7 +320,7 @@ class Server:
         forwarded = parse(node_pb2.ForwardRequest, raw, self._request_bytes_max + FORWARD_BYTES)
         name = forwarded.method
         metadata: Any = context.invocation_metadata()
-        node = self._credentials.check(metadata, forwarded.incarnation, name, forwarded.request)
+        node = self._credentials.check(metadata, forwarded.incarnation, forwarded.tenant, name, forwarded.request)
         if forwarded.incarnation != self._incarnation:
             # Not "ask again who the owner is": the bucket may name it for ever. Its lease tells that it is gone.
             raise Unavailable("NOT_OWNER", "The hot tier that this call is meant for is not here any more.")
@@ -352,7 +352,7 @@ class Server:
         request = parse(node_pb2.RescueRequest, raw, self._request_bytes_max)
         signed = request.SerializeToString(deterministic=True)
         metadata: Any = context.invocation_metadata()
-        self._credentials.check(metadata, request.incarnation, "Rescue", signed)
+        self._credentials.check(metadata, request.incarnation, "", "Rescue", signed)
         return bytes((await self._rescue(request)).SerializeToString())
 
     def _caller(self, context: grpc.aio.ServicerContext[bytes, bytes]) -> Call:
