@@ -89,7 +89,7 @@ def ask(address: str, credentials: Credentials) -> SessiondError | None:
     """What keeps this node from calling another; None if that one answers and knows the key."""
     # For a hot tier that nobody has: it is told that this is not the one, once the signature is believed.
     request = node_pb2.ForwardRequest(method="GetSession", incarnation=bytes(16))
-    signed = credentials.metadata(request.incarnation, request.method, request.request)
+    signed = credentials.metadata(request.incarnation, request.tenant, request.method, request.request)
     with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
         try:
             node_pb2_grpc.NodeServiceStub(channel).Forward(request, timeout=ASK_S, metadata=signed)
