@@ -714,8 +714,8 @@ def has_orphans(head: Head) -> bool:
 
 
 def is_stranded(head: Head) -> bool:
-    """Whether these rows may have acknowledged turns or blobs that only a rescue brings into the cloud tier: of a fenced
-    session, or behind a claim over one whose outcome nobody has heard of.
+    """Whether these rows may have acknowledged turns or blobs that only a rescue brings into the cloud tier: those of a
+    fenced session, or behind a claim over one whose outcome nobody has heard of.
     """
     if head.phase == PHASE_FENCED:
         return head.head_seq > head.cloud_seq or head.changes > head.changes_flushed
