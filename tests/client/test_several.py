@@ -155,7 +155,7 @@ def test_a_rolling_restart_under_load_reaches_no_caller(tmp_path: Path, redirect
             except BaseException as error:
                 errors.append(error)
 
-        writers = [threading.Thread(target=write, args=(sessions[number::4],)) for number in range(4)]
+        writers = [threading.Thread(target=write, args=(sessions[number::2],)) for number in range(2)]
         for writer in writers:
             writer.start()
         try:
