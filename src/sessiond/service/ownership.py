@@ -369,7 +369,7 @@ class Ownership:
                 self.admit(session_id, head, user_id)
                 return
             if self.draining and drains:
-                raise draining()
+                raise await self._gone(call, h, session_id, user_id)
             claiming = self._claiming.get(h)
             if claiming is None:
                 cold = await self.cold(h, session_id, user_id)
@@ -382,6 +382,16 @@ class Ownership:
             if not await asyncio.shield(claiming):
                 await asyncio.sleep(min(0.25, 0.005 * 2**attempt))
         raise Unavailable("NOT_OWNER", f"Session {session_id!r} keeps changing hands.", {"session_id": session_id})
+
+    async def _gone(self, call: Call, h: bytes, session_id: str, user_id: str) -> SessiondError:
+        """Why a node that drains does not serve a session: another one may have it already."""
+        try:
+            await self.succession(call, await self.cold(h, session_id, user_id))
+        except (OwnedElsewhere, NotFound) as error:
+            return error
+        except SessiondError:
+            pass
+        return draining()
 
     async def backfill(self, h: bytes, needed: log.HistoryNeeded) -> None:
         """Fetch the segment just below the hot rows, and put it in front of them; a single turn further back alone."""
