@@ -14,7 +14,7 @@ from sessiond.v1 import admin_pb2, session_pb2, turn_pb2
 from tests.e2e.test_watch import NEVER_MS, Watch, fill, ownership, position, wait_until
 from tests.wire import Wire, user
 
-LEASE_MS = 500
+LEASE_MS = 1000
 
 
 @contextlib.contextmanager
@@ -35,10 +35,25 @@ def nodes(tmp_path: Path) -> Iterator[list[Daemon]]:
 
 @pytest.fixture
 def wires(nodes: list[Daemon]) -> Iterator[list[Wire]]:
+    with connected(nodes) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def lasting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Wire]]:
+    """Two nodes for the tests that leave them as they are."""
+    with two_nodes(tmp_path_factory.mktemp("watch")) as started, connected(started) as made:
+        yield made
+
+
+@contextlib.contextmanager
+def connected(nodes: list[Daemon]) -> Iterator[list[Wire]]:
     made = [Wire(node.address) for node in nodes]
-    yield made
-    for wire in made:
-        wire.close()
+    try:
+        yield made
+    finally:
+        for wire in made:
+            wire.close()
 
 
 def owner(wire: Wire, session: str = "s") -> str:
@@ -58,58 +73,58 @@ def told(watch: Watch) -> list[bytes]:
     return [turn.SerializeToString() for turn in watch.log]
 
 
-def test_watchers_of_another_nodes_session_share_one_stream(wires: list[Wire]) -> None:
-    a, b = wires
-    a.create("s", user_id="ada")
-    fill(a, "s", 20)
-    watches = [Watch(b, "s", turn_pb2.TurnPosition(), user_id="ada") for _ in range(5)]
+def test_watchers_of_another_nodes_session_share_one_stream(lasting: list[Wire]) -> None:
+    a, b = lasting
+    a.create("shared", user_id="ada")
+    fill(a, "shared", 20)
+    watches = [Watch(b, "shared", turn_pb2.TurnPosition(), user_id="ada") for _ in range(5)]
     for watch in watches:
         watch.until_seq(20)
-    fill(a, "s", 40, start=21)
+    fill(a, "shared", 40, start=21)
     for watch in watches:
         watch.until_seq(40)
-        assert told(watch) == stored(a)
+        assert told(watch) == stored(a, "shared")
         assert not any(event.epoch_changed or event.missing for event in watch.events)
     assert (ownership(a).watchers, ownership(b).watchers) == (1, 5)
-    assert (owner(a), owner(b)) == ("a", "a")
-    assert Watch(b, "s", user_id="eve").refusal().reason == "SESSION_NOT_FOUND"
+    assert (owner(a, "shared"), owner(b, "shared")) == ("a", "a")
+    assert Watch(b, "shared", user_id="eve").refusal().reason == "SESSION_NOT_FOUND"
     for watch in watches:
         watch.close()
     wait_until(lambda: (ownership(a).watchers, ownership(b).watchers) == (0, 0), "a stream is left over")
 
 
-def test_a_long_backlog_comes_through_another_node(wires: list[Wire]) -> None:
-    a, b = wires
-    a.create("s")
-    fill(a, "s", 4000, size=500)
-    watch = Watch(b, "s", turn_pb2.TurnPosition())
+def test_a_long_backlog_comes_through_another_node(lasting: list[Wire]) -> None:
+    a, b = lasting
+    a.create("long")
+    fill(a, "long", 4000, size=500)
+    watch = Watch(b, "long", turn_pb2.TurnPosition())
     watch.until_seq(4000)
-    assert told(watch) == stored(a)
-    late = Watch(b, "s", position(watch.log[99]))
+    assert told(watch) == stored(a, "long")
+    late = Watch(b, "long", position(watch.log[99]))
     late.until_seq(4000)
     assert late.log[0].seq == 101
     assert max(event.ByteSize() for event in watch.events) < 1024**2 + 4096
 
 
-def test_a_watch_follows_its_session_from_node_to_node(wires: list[Wire]) -> None:
-    a, b = wires
-    a.create("s")
-    fill(a, "s", 3)
-    at_a, at_b = Watch(a, "s", turn_pb2.TurnPosition()), Watch(b, "s", turn_pb2.TurnPosition())
+def test_a_watch_follows_its_session_from_node_to_node(lasting: list[Wire]) -> None:
+    a, b = lasting
+    a.create("moves")
+    fill(a, "moves", 3)
+    at_a, at_b = Watch(a, "moves", turn_pb2.TurnPosition()), Watch(b, "moves", turn_pb2.TurnPosition())
     for watch in (at_a, at_b):
         watch.until_seq(3)
     # From a to b, by whoever watches there: the node that let go leaves it alone for a while.
-    release(a)
-    wait_until(lambda: owner(a) == "b", "the watching node did not take the session")
-    fill(b, "s", 6, start=4)
+    release(a, "moves")
+    wait_until(lambda: owner(a, "moves") == "b", "the watching node did not take the session")
+    fill(b, "moves", 6, start=4)
     for watch in (at_a, at_b):
         watch.until_seq(6)
-    release(b)
-    wait_until(lambda: owner(b) == "a", "the watching node did not take the session")
-    fill(b, "s", 9, start=7)
+    release(b, "moves")
+    wait_until(lambda: owner(b, "moves") == "a", "the watching node did not take the session")
+    fill(b, "moves", 9, start=7)
     for watch in (at_a, at_b):
         watch.until_seq(9)
-        assert told(watch) == stored(a)
+        assert told(watch) == stored(a, "moves")
         assert any(event.epoch_changed for event in watch.events)
         assert not any(event.missing for event in watch.events)
 
@@ -195,11 +210,30 @@ def test_turns_that_died_with_the_owner_are_replaced(tmp_path: Path) -> None:
         b.close()
 
 
-def test_a_deletion_on_another_node_is_told(wires: list[Wire]) -> None:
-    a, b = wires
-    a.create("s")
-    watch = Watch(b, "s")
+def test_a_fork_is_told_with_the_turns_that_it_shares(lasting: list[Wire]) -> None:
+    a, _ = lasting
+    a.create("parent")
+    fill(a, "parent", 200, size=2000)
+    a.admin.Flush(admin_pb2.FlushRequest(), timeout=30)
+    a.sessions.ForkSession(
+        session_pb2.ForkSessionRequest(session_id="parent", seq=150, new_session_id="fork"), timeout=30
+    )
+    a.append("fork", user("its own", "151"))
+    for wire in lasting:
+        watch = Watch(wire, "fork", turn_pb2.TurnPosition())
+        watch.until_seq(151)
+        assert told(watch) == stored(a, "fork")
+        late = Watch(wire, "fork", position(watch.log[99]))
+        late.until_seq(151)
+        assert late.log[0].seq == 101
+        assert not late.events[0].epoch_changed
+
+
+def test_a_deletion_on_another_node_is_told(lasting: list[Wire]) -> None:
+    a, b = lasting
+    a.create("gone")
+    watch = Watch(b, "gone")
     watch.next()
-    a.sessions.DeleteSession(session_pb2.DeleteSessionRequest(session_id="s"), timeout=30)
+    a.sessions.DeleteSession(session_pb2.DeleteSessionRequest(session_id="gone"), timeout=30)
     watch.until(lambda event: event.deleted)
     assert next(watch.stream, None) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -320,6 +321,26 @@ def test_watchers_hold_no_thread_and_no_reader_and_let_go_of_everything(daemon: 
         watch.close()
     wait_until(lambda: ownership(wire).watchers <= 1, "watchers are left over")
     wire.append("s1", user("u", "still here"))
+
+
+def test_thousands_that_come_at_once_are_all_answered(daemon: Daemon, wire: Wire) -> None:
+    for number in range(50):
+        wire.create(f"s{number}")
+    wires = [Wire(daemon.address) for _ in range(20)]
+    for each in wires:
+        each.sessions.GetSession(session_pb2.GetSessionRequest(session_id="s0"), timeout=30)
+    # As after a restart or a pause of the node: it finds all of them before it could take up the first.
+    daemon.process.send_signal(signal.SIGSTOP)
+    try:
+        watches = [Watch(wires[number % 20], f"s{number % 50}") for number in range(4_000)]
+    finally:
+        daemon.process.send_signal(signal.SIGCONT)
+    for watch in watches:
+        watch.next()
+    assert ownership(wire).watchers == len(watches)
+    for each in wires:
+        each.close()
+    wait_until(lambda: ownership(wire).watchers == 0, "watchers are left over")
 
 
 def hot_readers(wire: Wire) -> int:

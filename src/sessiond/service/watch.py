@@ -699,19 +699,19 @@ class Watcher:
             if self._after is None:
                 self._changed, self.seq = False, view.head_seq
                 return
-            if isinstance(view.source, _Owned):
-                self._check_not_behind(view.source, self._after)
             try:
                 shared_seq = await view.source.shared(self._after, view.head_seq)
             except _Moved:
                 continue
             if feed.view is not None and feed.view.source is view.source:
+                if shared_seq != self._after.seq and isinstance(view.source, _Owned):
+                    self._check_not_behind(view.source, self._after)
                 self._changed = shared_seq != self._after.seq
                 self.seq = shared_seq
                 return
 
     def _check_not_behind(self, source: _Owned, after: turn_pb2.TurnPosition) -> None:
-        """A node that can't prove that it owns the session tells nothing to who saw turns of a later owner."""
+        """A node that can't prove that it owns the session takes nothing back from who saw turns of a later owner."""
         if after.epoch > source.epoch and not self._watches.parts.lease.is_valid():
             what = f"Turn {after.seq} is of epoch {after.epoch}; this node knows epoch {source.epoch}."
             raise Unavailable("EPOCH_FENCED", what, {"session_id": self._feed.session_id})
