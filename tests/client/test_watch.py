@@ -274,6 +274,26 @@ def test_what_was_told_is_not_told_again_and_the_place_is_kept() -> None:
     assert following.position.seq == 5
 
 
+def test_a_stream_is_opened_behind_what_was_told_last() -> None:
+    asked: list[session_pb2.WatchSessionRequest] = []
+
+    class Stub:
+        def WatchSession(self, request, metadata) -> None:
+            asked.append(request)
+            assert dict(metadata)["x-session-id"] == "s"
+
+    with Client("127.0.0.1:1") as client:
+        following: Following = client.calls.watch("s", user_id="ada")
+    for one in (None, event(head=3), event(4, 5, head=9), event(head=2, epoch_changed=True)):
+        if one is not None:
+            following.take(one)
+        following.open(lambda service, key: Stub())
+    assert [request.user_id for request in asked] == ["ada"] * 4
+    assert [request.HasField("after") for request in asked] == [False, True, True, True]
+    assert [request.after.seq for request in asked] == [0, 3, 5, 2]
+    assert asked[2].after.chain == bytes([5]) * 16
+
+
 def test_the_command_prints_a_json_line_for_each_turn_until_it_is_stopped(daemon: Daemon) -> None:
     with Client(daemon.address) as client:
         client.create_session("s")

@@ -210,6 +210,51 @@ def test_turns_that_died_with_the_owner_are_replaced(tmp_path: Path) -> None:
         b.close()
 
 
+def test_turns_that_the_owners_disk_took_are_replaced_when_it_comes_back(tmp_path: Path) -> None:
+    never = {"flush_interval_ms": NEVER_MS, "flush_waiting_ms": NEVER_MS}
+    with two_nodes(tmp_path, **never) as nodes, connected(nodes) as (a, b):
+        for name in ("written", "left"):
+            a.create(name)
+            fill(a, name, 3)
+        a.admin.Flush(admin_pb2.FlushRequest(), timeout=30)
+        written, left = Watch(b, "written", turn_pb2.TurnPosition()), Watch(b, "left", turn_pb2.TurnPosition())
+        for name, watch in (("written", written), ("left", left)):
+            a.append(name, *(user(f"lost{number}", "never flushed") for number in range(3)))
+            watch.until_seq(6)
+        nodes[0].kill()
+        nodes[0].lose_hot_tier()
+        nodes[0].start()
+        # This one is the new hot tier's of the same node; the other one is nobody's, and a node of that name answers.
+        a.append("written", user("kept", "after it"))
+        for watch in (written, left):
+            event = watch.until(lambda event: event.epoch_changed)
+            assert [missing.first_seq for missing in event.missing] == [4]
+        written.until(lambda event: any(turn.turn_id == "kept" for turn in written.log))
+        assert told(written) == stored(a, "written")
+        assert told(left) == stored(b, "left")
+
+
+def test_calls_to_a_node_that_drains_reach_whoever_took_the_session(tmp_path: Path) -> None:
+    shared = {"cloud": f"file://{tmp_path / 'cloud'}", "lease_ms": LEASE_MS, "flush_interval_ms": 50}
+    with contextlib.ExitStack() as started:
+        nodes = [started.enter_context(running_daemon(tmp_path / name, node_name=name, **shared)) for name in "abc"]
+        a, b, _ = started.enter_context(connected(nodes))
+        watches = {f"s{number}": None for number in range(12)}
+        for name in watches:
+            a.create(name)
+            fill(a, name, 1)
+            watches[name] = Watch(b, name, turn_pb2.TurnPosition())
+            watches[name].until_seq(1)
+        for progress in a.admin.Drain(admin_pb2.DrainRequest(), timeout=60):
+            last = progress
+        assert last.clean
+        for name in watches:
+            wait_until(lambda name=name: owner(b, name) == "b", "the watching node did not take the session")
+            # By itself the draining node would send half of them to c.
+            a.append(name, user("t2", "2"))
+            watches[name].until_seq(2)
+
+
 def test_a_fork_is_told_with_the_turns_that_it_shares(lasting: list[Wire]) -> None:
     a, _ = lasting
     a.create("parent")

@@ -296,8 +296,11 @@ class Server:
         call = parse(node_pb2.ForwardWatchRequest, raw, self._request_bytes_max + FORWARD_BYTES).call
         metadata: Any = context.invocation_metadata()
         self._credentials.check(metadata, call.incarnation, call.tenant, call.method, call.request)
+        if call.incarnation != self._incarnation:
+            # As for other calls: the lease tells that this hot tier is gone, the manifest may name it for ever.
+            raise Unavailable("NOT_OWNER", "The hot tier that this call is meant for is not here any more.")
         last = node_pb2.ForwardResponse(not_owner=True)
-        if call.incarnation == self._incarnation and call.method == WATCH:
+        if call.method == WATCH:
             try:
                 request = parse(session_pb2.WatchSessionRequest, call.request, self._request_bytes_max)
                 watcher = await self._watches.open(Call(call.tenant, None, forwarded=True), request)
