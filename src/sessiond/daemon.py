@@ -216,6 +216,7 @@ class Daemon:
         self._channels = channels = PeerChannels(credentials)
         router = Router(parts, ownership, channels, settings.lease_ms)
         rescues = Rescues(parts, ownership, channels)
+        ownership.on_reclaimed = rescues.reclaimed
         watches = Watches(parts, ownership, settings.watchers_max, channels)
         upkeep = Upkeep(
             hot,
@@ -234,6 +235,7 @@ class Daemon:
             wait=time.sleep,
             fenced=rescues.note,
             peers=peers,
+            holds_lease=lease.is_valid,
         )
         upkeep.start()
         opened.callback(upkeep.stop)

@@ -22,7 +22,20 @@ from sessiond.tiers.hot.environment import Environment
 from sessiond.tiers.hot.rows import PHASE_CLAIMING, PHASE_FENCED
 from sessiond.tiers.hydrate import load
 from sessiond.v1 import admin_pb2, context_pb2, node_pb2, session_pb2
-from tests.tiers.test_commits import Land, LiveNode, World, assistant, fenced, is_manifest, refused, talk, unsent, user
+from tests.tiers.test_commits import (
+    Killed,
+    Land,
+    LiveNode,
+    World,
+    assistant,
+    fenced,
+    is_manifest,
+    killed_once_landed,
+    refused,
+    talk,
+    unsent,
+    user,
+)
 
 
 @pytest.fixture
@@ -105,6 +118,45 @@ def test_turns_behind_a_claim_that_failed_come_into_the_log_once_the_store_answe
     node, offering = cut_short(world)
     world.run(offering.offer(world.h))
     assert [turn.turn_id for turn in node.resume().turns] == ["t1", "t2", "t3", "t4"]
+
+
+def test_a_call_that_comes_before_the_rescue_finds_the_turns_in_the_log(world: World) -> None:
+    node = fenced(world)
+    node.sessions.ownership.on_reclaimed = rescues(node).reclaimed
+    node.append(user("t5"))
+    assert [turn.turn_id for turn in node.resume().turns] == ["t1", "t2", "t3", "t4", "t5"]
+    node.flush()
+    assert not world.manifest.orphans
+    assert not world.manifest.loss
+
+
+def test_a_claim_that_landed_unheard_and_that_nobody_asks_for_is_owned_and_can_be_released(world: World) -> None:
+    talk(world).release()
+    node = world.node("second", "n2")
+    world.store.on_put = killed_once_landed
+    with pytest.raises(Killed):
+        node.append(user("t3"))
+    world.store.heal()
+    assert node.head.phase == PHASE_CLAIMING
+    assert world.manifest.owner is not None
+    ended = drained(node, rescues(node))
+    assert ended.clean
+    assert world.manifest.owner is None
+
+
+def test_a_claim_that_was_overtaken_and_that_nobody_asks_for_leaves_nothing(world: World) -> None:
+    talk(world).release()
+    node, third = world.node("second", "n2"), world.node("third", "n3")
+    world.store.on_put = no_manifest
+    with refused("STORE_UNAVAILABLE"):
+        node.append(user("t3"))
+    world.store.heal()
+    assert node.head.phase == PHASE_CLAIMING
+    third.append(user("t4"))
+    offering = rescues(node)
+    offering.note(world.h)
+    world.run(offering.settle())
+    assert node.sessions.ownership.peek(world.h) is None
 
 
 def test_a_drain_with_turns_behind_a_claim_that_failed_is_not_called_clean(world: World) -> None:

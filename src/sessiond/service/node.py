@@ -23,7 +23,14 @@ from sessiond.service.sessions import Sessions
 from sessiond.service.watch import Watches
 from sessiond.tiers.cloud.counting import CountingStore
 from sessiond.tiers.flush import Flushed
-from sessiond.tiers.hot.rows import PHASE_DOUBTED, PHASE_FENCED, PHASE_OWNED, PHASE_RELEASING, decode_head
+from sessiond.tiers.hot.rows import (
+    PHASE_CLAIMING,
+    PHASE_DOUBTED,
+    PHASE_FENCED,
+    PHASE_OWNED,
+    PHASE_RELEASING,
+    decode_head,
+)
 from sessiond.tiers.hydrate import is_stranded
 from sessiond.tiers.upkeep import Upkeep
 from sessiond.v1 import admin_pb2, session_pb2
@@ -222,6 +229,8 @@ class Node:
                         owned.append(key)
                     elif is_stranded(head):
                         stranded.append(key)
+                    elif head.phase == PHASE_CLAIMING and self._rescues is not None:
+                        self._rescues.note(key)  # it may have landed: then it is owned, and released with the others
                 except SessiondError:
                     owned.append(key)  # a damaged row can't be released: the drain must say so
         return owned, stranded

@@ -32,7 +32,7 @@ from sessiond.tiers.hot.rows import (
     Head,
     decode_committed,
 )
-from sessiond.tiers.hydrate import Claims, Cold, Node, Segments, claimed_epoch, is_claim_of, load
+from sessiond.tiers.hydrate import Claims, Cold, Node, Segments, claimed_epoch, is_claim_of, is_stranded, load
 from sessiond.tiers.peers import GONE, Owner, Verdict
 from sessiond.tokens import Tokenizer
 from sessiond.v1 import context_pb2
@@ -183,6 +183,8 @@ class Ownership:
         self.creating: set[asyncio.Future[bool]] = set()
         self.draining = False
         self.moves = Moves()
+        # Called when this node has taken a session over turns of its own that no log has: (hash, their epoch).
+        self.on_reclaimed: Callable[[bytes, int], Awaitable[None]] = _nothing
         # When sessions were last read, the newest last: reading writes nothing.
         self._resumed_ms: dict[bytes, int] = {}
 
@@ -352,7 +354,25 @@ class Ownership:
         if taken:
             self.moves.claims += 1
             self.moves.steals += cold.manifest.owner is not None
+            if head is not None and is_stranded(head):
+                # This node's own turns, from before it was fenced: into the log before anybody can append to it.
+                await self.on_reclaimed(h, head.epoch)
         return taken
+
+    async def settle_claim(self, h: bytes) -> None:
+        """Learn what became of a claim that nobody has asked for since; its rows are owned in doubt, or gone, after it.
+
+        Raises as the store does; it is asked again.
+        """
+        head = self.peek(h)
+        if head is None or head.phase != PHASE_CLAIMING or h in self._claiming:
+            return
+        cold = await self.load(h)
+        if cold is None or await self.off_loop(self._parts.claims.resume_claim, cold, head):
+            return  # a creation may land yet; nobody but this node would look for it
+        if cold.etag != head.etag and not is_stranded(head):
+            # Another write stands there: what was sent here can't land any more.
+            await self.off_loop(self._parts.claims.forget, h)
 
     async def take(
         self, call: Call, h: bytes, session_id: str, user_id: str, *, writes: bool = False, drains: bool = True
@@ -443,6 +463,10 @@ class Ownership:
         """Raises Unavailable EPOCH_FENCED once another daemon has this node's name."""
         if self._parts.lease.lost:
             raise Unavailable("EPOCH_FENCED", "Another daemon took over this node's name.")
+
+
+async def _nothing(h: bytes, epoch: int) -> None:
+    """What is done where nobody rescues."""
 
 
 def not_found(session_id: str) -> NotFound:

@@ -31,6 +31,7 @@ from sessiond.tiers.hot import log
 from sessiond.tiers.hot.environment import Transaction
 from sessiond.tiers.hot.log import PreparedTurn
 from sessiond.tiers.hot.rows import (
+    PHASE_CLAIMING,
     PHASE_FENCED,
     PHASE_OWNED,
     Head,
@@ -135,6 +136,8 @@ class Rescues:
         Raises Unavailable, Corrupt, PeerUnreachable; the rows stay then.
         """
         head = self._own.peek(h)
+        if head is not None and head.phase == PHASE_CLAIMING and not is_stranded(head):
+            await self._own.settle_claim(h)
         if head is None or not (head.phase == PHASE_FENCED or is_stranded(head)):
             return
         blobs = await self._own.off_loop(self._parts.claims.put_fenced_blobs, h)
@@ -173,7 +176,31 @@ class Rescues:
                 call = Call(cold.manifest.tenant, None, forwarded=True, unreachable=there)
         # Nobody owns it, or whoever does is gone: it is taken, over the rows that are in the orphan now.
         await self._own.take(call, h, session, user, drains=False)
+        if blobs is None and not self._is_listed(h, request.orphan):
+            return  # brought into the log with the claim
         self._count((await self.apply(request)).outcome)
+
+    async def reclaimed(self, h: bytes, epoch: int) -> None:
+        """Apply turns of this node over which it took a session, before anybody appends; what fails stays listed."""
+        with self._hot.read() as transaction:
+            value = transaction.get("manifests", h)
+            rows = [] if value is None else decode_committed(h, value).orphans
+        for row in rows:
+            if int(row[1]) != epoch:
+                continue
+            turns = turn_pb2.SeqRange(first_seq=int(row[2]), last_seq=int(row[3]))
+            request = node_pb2.RescueRequest(
+                session_hash=h, orphan=str(row[0]), epoch=epoch, turns=turns, sha256=bytes(row[4])
+            )
+            try:
+                self._count((await self.apply(request)).outcome)
+            except SessiondError as error:
+                self.last_error = error.reason
+
+    def _is_listed(self, h: bytes, orphan: str) -> bool:
+        with self._hot.read() as transaction:
+            value = transaction.get("manifests", h)
+            return value is not None and any(row[0] == orphan for row in decode_committed(h, value).orphans)
 
     def _count(self, outcome: int) -> None:
         self.outcomes[node_pb2.RescueOutcome.Name(outcome).removeprefix("RESCUE_OUTCOME_")] += 1

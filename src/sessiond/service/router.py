@@ -26,6 +26,8 @@ HINTS_MAX: Final = 262_144
 # A session that was asked for through one other node so often in a row, and never directly, belongs there. Sprayed
 # calls never come to that: with three nodes by a chance of one in 3^32.
 VISITS_MAX: Final = 32
+# ... and for so long: a burst says little.
+VISITS_MS: Final = 10_000
 # For so long a session that was let go for a node is not taken back when that node asks for it here.
 GIVEN_MS: Final = 5_000
 GIVEN_MAX: Final = 4096
@@ -35,6 +37,7 @@ NEVER_MS: Final = (1 << 63) - 1
 ATTEMPTS_MAX: Final = 24
 # An owner that did not answer is asked again this often, by one call; the others hear at once that it does not.
 SILENT_RETRY_MS: Final = 250
+SILENT_MAX: Final = 1024
 # Left of a caller's deadline for what comes behind a forwarded call.
 MARGIN_MS: Final = 30
 # The longest that a call without a deadline waits for another node.
@@ -92,8 +95,8 @@ class Router:
         self._hints: OrderedDict[bytes, Owner] = OrderedDict()
         self._silent: dict[bytes, _Silence] = {}
         self._successors: list[Owner] = []
-        # By whom a session was last asked for through another node, and how often in a row.
-        self._visits: OrderedDict[bytes, tuple[str, int]] = OrderedDict()
+        # By whom a session was last asked for through another node, how often in a row, and since when.
+        self._visits: OrderedDict[bytes, tuple[str, int, int]] = OrderedDict()
         self._given: OrderedDict[bytes, tuple[str, int]] = OrderedDict()
         self.let_go = 0
         self.counts: Counter[tuple[str, str]] = Counter()
@@ -163,16 +166,17 @@ class Router:
         h = self._hash(call, request)
         if h is None or method == "WarmSession":
             return
-        before, count = self._visits.pop(h, (node, 0))
-        count = count + 1 if before == node else 1
-        if count >= VISITS_MAX and self._is_ours(h):
+        now_ms = self._parts.boot_ms()
+        before, count, since_ms = self._visits.pop(h, (node, 0, now_ms))
+        count, since_ms = (count + 1, since_ms) if before == node else (1, now_ms)
+        if count >= VISITS_MAX and now_ms - since_ms >= VISITS_MS and self._is_ours(h):
             self.let_go += 1
             self._given[h] = node, self._parts.boot_ms() + GIVEN_MS
             if len(self._given) > GIVEN_MAX:
                 self._given.popitem(last=False)
             self._parts.flusher.release_unused(h, NEVER_MS)
             return
-        self._visits[h] = node, count
+        self._visits[h] = node, count, since_ms
         if len(self._visits) > HINTS_MAX:
             self._visits.popitem(last=False)
 
@@ -222,6 +226,8 @@ class Router:
         try:
             response = await self._asked(call, owner, request, self._lease_ms // 2 if silence else PATIENCE_MS)
         except PeerUnreachable:
+            if len(self._silent) >= SILENT_MAX:
+                self._silent.clear()
             self._silent.setdefault(owner.incarnation, _Silence(self._parts.boot_ms()))
             self._hints.pop(h, None)
             self.counts[(owner.name, "unreachable")] += 1

@@ -615,6 +615,7 @@ class Sessions:
         self._judge(standing, request, losses, state, source)
         if found.unseen:
             standing.rung = context_pb2.RUNG_PARTIAL
+            standing.ownership = context_pb2.OWNERSHIP_UNCONFIRMED
             standing.missing.append(unreachable(manifest))
             standing.notice = standing.notice or "The newest part of this conversation can't be reached at the moment."
         note_reset(standing, reset_of)

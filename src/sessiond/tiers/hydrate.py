@@ -63,7 +63,8 @@ from sessiond.tiers.retire import put_expiry_row
 ATTEMPTS_MAX = 4
 SEGMENT_BYTES_HELD_MAX = 64 * 1024**2
 INDEXES_HELD_MAX = 16
-ORPHAN_BYTES_MAX = 64 * 1024**2
+# One request to the store; what a session may gather while the store is away is bounded by the map only.
+ORPHAN_BYTES_MAX = 1024**3
 
 
 @dataclass(frozen=True, slots=True)
@@ -416,7 +417,7 @@ class Claims:
                     raise Unavailable("STORE_UNAVAILABLE", what, {"object": manifest_key(h)}) from None
                 mine = found.manifest.mutation == 1 and self._owns(found.manifest)
                 if not mine:
-                    self._forget(h)
+                    self.forget(h)
                     index.result()
                     self._drop_stray_index(manifest, found.manifest)
                     return False
@@ -547,7 +548,7 @@ class Claims:
         try:
             etag = put_settled(self._store, h, manifest, cold.etag, self._wait)
         except Conflict:
-            self._forget(h)
+            self.forget(h)
             return False
         self._settle(manifest, etag, tenure)
         return True
@@ -677,7 +678,7 @@ class Claims:
 
         self._hot.run_blocking(operation)
 
-    def _forget(self, h: bytes) -> None:
+    def forget(self, h: bytes) -> None:
         """Drop a claim that was lost, and the rows behind it: the cloud tier has the truth."""
 
         def operation(transaction: Transaction) -> None:

@@ -29,6 +29,8 @@ GONE: Final = "gone"
 # A look that found nobody gone serves those who ask within this share of a lease.
 LOOKS_PER_LEASE: Final = 8
 NODES_MAX: Final = 1000
+# Clocks of nodes may differ by some seconds.
+LIVING_LEASES: Final = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,20 +140,23 @@ class Peers:
         return GONE
 
     def living(self) -> list[Owner]:
-        """Nodes that hold a lease which is neither fenced nor released, this one left out. One LIST, one GET each.
+        """Other nodes whose lease is neither fenced nor released and was renewed lately, by their clocks: a guess, which
+        harms nothing where it is wrong. One LIST, one GET each.
 
         Blocks. Raises as the store does.
         """
-        found: list[Owner] = []
+        found: list[tuple[int, Owner]] = []
         try:
             for row in list(self._store.list(lease_key(""), limit=NODES_MAX)):
                 with contextlib.suppress(ObjectNotFound, Corrupt):
                     holder = envelope.unseal(self._store.get(row.key).body, envelope.KIND_LEASE, row.key)[0]
                     if not holder.get("released") and not holder.get("fenced"):
-                        found.append(owner_of(holder))
+                        found.append((int(holder.get("seen_ms", 0)), owner_of(holder)))
         except StoreError as error:
             raise refusal(error) from error
-        return [owner for owner in found if owner.name != self._node.name]
+        # This node's own is among them, renewed a moment ago: one that is far behind it may be gone.
+        newest_ms = max((seen_ms for seen_ms, _ in found), default=0) - LIVING_LEASES * self._lease_ms
+        return [owner for seen_ms, owner in found if owner.name != self._node.name and seen_ms >= newest_ms]
 
 
 def owner_of(holder: dict[str, Any]) -> Owner:

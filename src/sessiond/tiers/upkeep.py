@@ -25,6 +25,7 @@ from sessiond.tiers.flush import REMOVED_MAX, Flushed, Flusher
 from sessiond.tiers.hot import log
 from sessiond.tiers.hot.environment import Environment, Transaction
 from sessiond.tiers.hot.rows import (
+    PHASE_CLAIMING,
     PHASE_DOUBTED,
     PHASE_FENCED,
     PHASE_OWNED,
@@ -93,9 +94,11 @@ class Upkeep:
         wait: Callable[[float], object],
         fenced: Callable[[bytes], None] = lambda h: None,
         peers: Peers | None = None,
+        holds_lease: Callable[[], bool] = lambda: True,
     ) -> None:
         """resumed_ms: when a session was last read, 0 if that is not known. idle_release_ms: 0 releases none.
-        fenced: told of sessions that another node took over, each time round until their rows are gone.
+        fenced: told of sessions that another node took over, and of claims that nobody asked for since, each time round
+        until that is settled. holds_lease: whether this node surely holds its own name.
         """
         self._hot = hot
         self._store = store
@@ -112,6 +115,7 @@ class Upkeep:
         self._wait = wait
         self._fenced = fenced
         self._peers = peers
+        self._holds_lease = holds_lease
         self._counts = {PHASE_OWNED: 0, PHASE_FENCED: 0}
         # How many sessions were in these phases when all of them were looked at last.
         self.counts = dict(self._counts)
@@ -163,7 +167,9 @@ class Upkeep:
                 copies.append((h, head))
             if head.phase in self._counts and not is_hidden(head.session):
                 self._counts[head.phase] += 1
-            if head.phase == PHASE_FENCED or is_stranded(head):
+            rested = head.phase == PHASE_CLAIMING and self._is_unused(h, head, PRESSED_IDLE_MS)
+            if head.phase == PHASE_FENCED or is_stranded(head) or rested:
+                # The last: a claim whose outcome nobody has asked for since.
                 self._fenced(h)
             if head.phase == PHASE_DOUBTED and head.is_dirty:
                 # Whoever has it now lacks these turns, and says so until they are brought there.
@@ -430,6 +436,8 @@ class Upkeep:
         if lifecycle_at(LIFECYCLE_ACTIVE, manifest.policy, manifest.expires_ms, self._steady_ms()) == LIFECYCLE_ACTIVE:
             return False
         if manifest.owner is not None:
+            if not self._holds_lease():
+                return False  # who can't say who it is itself judges nobody
             owner = Owner(bytes(manifest.owner[0]), str(manifest.owner[1]), str(manifest.owner[2]))
             if owner.incarnation == self._node.incarnation or (owner.name != self._node.name and self._lives(owner)):
                 return False  # its owner ends it, this node's own claims included

@@ -241,7 +241,8 @@ class Lease:
 
     def _renew_loop(self) -> None:
         while not self._stop.wait(self._lease_ms / 3000):
-            self.renew()
+            with contextlib.suppress(Exception):  # whatever it is, the next renewal comes; until then the lease lapses
+                self.renew()
             if self.lost:
                 self._on_lost()
                 return
