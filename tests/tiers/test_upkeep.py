@@ -232,6 +232,18 @@ def test_what_a_tombstone_leaves_behind_is_removed_although_the_node_lost_its_di
     assert node.manifest(S).lifecycle == LIFECYCLE_DELETED
 
 
+def test_a_copy_that_nobody_has_used_for_a_day_is_dropped(world: World) -> None:
+    node, other = Node(world), Node(world, "hot2", "n2")
+    talk(node)
+    node.live.release()
+    assert other.delete(S)
+    node.tick()
+    assert node.head(S) is not None
+    world.clock.now_ms += DAY_MS + 1
+    node.tick()
+    assert node.head(S) is None
+
+
 def test_a_node_that_learns_of_a_deletion_elsewhere_lets_go_of_what_it_holds(world: World) -> None:
     first, second = Node(world, "first", "n1"), Node(world, "second", "n2")
     talk(first)

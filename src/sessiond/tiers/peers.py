@@ -140,7 +140,7 @@ class Peers:
         return GONE
 
     def living(self) -> list[Owner]:
-        """Other nodes whose lease is neither fenced nor released and was renewed lately, by their clocks: a guess, which
+        """Other nodes whose lease is neither fenced nor released and was renewed lately, by their clocks: a guess that
         harms nothing where it is wrong. One LIST, one GET each.
 
         Blocks. Raises as the store does.

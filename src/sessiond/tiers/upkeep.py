@@ -52,6 +52,8 @@ EVICT_PERCENT: Final = 5
 FULL_DISK_PERCENT: Final = 20
 # Under pressure a session is released after so little rest.
 PRESSED_IDLE_MS: Final = 10_000
+# A copy of a session that nobody owns here goes after so long: it may have been deleted elsewhere since.
+COPY_KEPT_MS: Final = 86_400_000
 # Between two looks through all sessions for something to evict, if the first did not bring enough.
 EVICT_PAUSE_TICKS: Final = 8
 # Rows of the expiry index that are handled in one tick.
@@ -162,7 +164,10 @@ class Upkeep:
         copies: list[tuple[bytes, Head]] = []
         idle: list[tuple[bytes, int]] = []
         doubted: list[bytes] = []
+        stale: list[bytes] = []
         for h, head in self._heads(SLICE_ROWS):
+            if is_evictable(head) and self._is_unused(h, head, COPY_KEPT_MS):
+                stale.append(h)
             if is_evictable(head) and head.lifecycle == LIFECYCLE_ACTIVE and 0 < head.expires_ms <= steady_ms:
                 copies.append((h, head))
             if head.phase in self._counts and not is_hidden(head.session):
@@ -189,6 +194,8 @@ class Upkeep:
                 idle.append((h, head.used_ms))
         if not self._place:
             self.counts, self._counts = self._counts, dict.fromkeys(self._counts, 0)
+        if stale:
+            self._drop(stale)
         for h in expired:
             self._end(h)
         if self._flusher.failing:
