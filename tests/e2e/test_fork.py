@@ -302,6 +302,7 @@ def test_a_fork_is_made_once_and_says_where_it_is_from(wire: Wire) -> None:
     assert (made.policy, made.user_id, dict(made.state.metadata)) == (policy, "ada", {"k": "v"})
     assert (made.head.seq, made.cloud_seq, made.epoch) == (5, 5, 2)
     assert wire.sessions.ListSessions(session_pb2.ListSessionsRequest(user_id="ada")).sessions[1] == made
+    assert (wire.resume("b").receipt.rung, len(wire.resume("b").turns)) == (HOT, 4)
     # Each goes its own way, and a position of the one is none of the other.
     mine, theirs = wire.append("b", user("n1", "left")), wire.append("a", user("n1", "right"))
     assert (mine.head.seq, mine.head.epoch, theirs.head.seq, theirs.head.epoch) == (6, 2, 9, 1)

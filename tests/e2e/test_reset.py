@@ -122,6 +122,16 @@ def test_a_session_without_a_readable_manifest_is_replaced_by_what_the_request_s
     )
 
 
+def test_what_a_newer_release_wrote_is_not_given_up(daemon: Daemon, wire: Wire) -> None:
+    path = daemon.data_dir / "cloud" / "m" / stores.hash_of(daemon.data_dir, "a").hex()
+    sound = path.read_bytes()
+    path.write_bytes(stores.newer(sound))
+    assert refusal(wire.resume, "a", reset_to_session_id="b").reason == "NEWER_FORMAT"
+    assert refusal(get, wire, "b").reason == "SESSION_NOT_FOUND"
+    path.write_bytes(sound)
+    assert wire.resume("a", 200_000, reset_to_session_id="b").receipt.rung == CLOUD
+
+
 def test_an_id_that_is_taken_replaces_nothing(daemon: Daemon, wire: Wire) -> None:
     wire.create("taken", user_id="ada")
     wire.create("gone", user_id="ada")

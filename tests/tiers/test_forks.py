@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sessiond import config
+from sessiond.core import manifest as manifests
 from sessiond.core import rules
 from sessiond.core.manifest import LIFECYCLE_DELETED, Manifest
 from sessiond.errors import Corrupt, SessiondError
@@ -23,7 +25,7 @@ from sessiond.tiers.cloud.bucket import manifest_key
 from sessiond.tiers.cloud.store import Ambiguous, StoreUnavailable
 from sessiond.tiers.hot import log
 from sessiond.tiers.hot.rows import PHASE_CLAIMING, PHASE_OWNED
-from sessiond.tiers.hydrate import load
+from sessiond.tiers.hydrate import Segments, load
 from sessiond.v1 import context_pb2, session_pb2
 from sessiond.verify import verify
 from tests.tiers.test_commits import Killed, Land, LiveNode, S, World, assistant, is_manifest, refused, system, user
@@ -58,8 +60,8 @@ def asked(node: LiveNode, new: str = F, seq: int = AT, session: str = S) -> sess
     return node.world.run(forks.fork(node.call, request))
 
 
-def resumed(node: LiveNode, session: str = F, **fields: Any) -> context_pb2.ActiveContext:
-    spec = context_pb2.ContextSpec(budget_tokens=200_000)
+def resumed(node: LiveNode, session: str = F, budget: int = 200_000, **fields: Any) -> context_pb2.ActiveContext:
+    spec = context_pb2.ContextSpec(budget_tokens=budget)
     request = session_pb2.ResumeSessionRequest(session_id=session, context=spec, **fields)
     reply = node.world.run(node.sessions.resume(node.call, request))
     node.world.run(node.sessions.ownership.settle())
@@ -260,6 +262,44 @@ def test_a_reset_waits_where_waiting_can_help(world: World) -> None:
     world.store.heal()
     assert load(world.store.folder, hash_of(world, "new")) is None
     assert resumed(node, S, reset_to_session_id="new").receipt.rung == context_pb2.RUNG_CLOUD
+
+
+def test_a_long_fork_that_comes_back_fetches_its_instructions_and_its_newest_turns_alone(world: World) -> None:
+    node = world.node()
+    node.create()
+    node.append(system("s", "Be brief."))
+    for number in range(6):
+        node.append(user(f"u{number}", LARGE), assistant(f"a{number}", f"answer {number}"))
+        node.flush()
+    asked(node, F, 13)
+    assert node.flusher.flush(hash_of(world, F), release=True).released
+    node = world.restart(node)
+    fetched: list[str] = []
+
+    def on_get(key: str) -> None:
+        if key.startswith("s/"):
+            fetched.append(key)
+
+    for rung in (context_pb2.RUNG_CLOUD, context_pb2.RUNG_CLOUD, context_pb2.RUNG_HOT, context_pb2.RUNG_HOT):
+        world.store.on_get = on_get
+        node.sessions._parts.segments = Segments(world.store)
+        found = resumed(node, F, budget=1000)
+        assert (found.receipt.rung, found.instructions.turn_id) == (rung, "s")
+        assert [turn.turn_id for turn in found.turns] == ["a5"]
+        assert len(fetched) == (0 if rung == context_pb2.RUNG_HOT else 2)
+        fetched.clear()
+
+
+def test_verify_tells_of_a_fork_that_its_parent_does_not_know_of(world: World) -> None:
+    node = world.node()
+    talk(world, node)
+    asked(node)
+    node.release()
+    cold = load(world.store.folder, world.h)
+    assert cold is not None
+    world.store.folder.put(manifest_key(world.h), manifests.seal(replace(cold.manifest, pins=[])))
+    with pytest.raises(AssertionError, match="does not pin turns 1 to 5"):
+        check_clean(world, node.hot_name)
 
 
 # Pins -------------------------------------------------------------------------------------------------------------
