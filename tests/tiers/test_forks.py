@@ -264,6 +264,33 @@ def test_a_reset_waits_where_waiting_can_help(world: World) -> None:
     assert resumed(node, S, reset_to_session_id="new").receipt.rung == context_pb2.RUNG_CLOUD
 
 
+def test_merging_the_parents_segments_leaves_what_forks_name(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compact, "MERGE_SEGMENTS_MIN", 3)
+    node = world.node()
+    node.create()
+
+    def grow(first: int, count: int) -> None:
+        for number in range(first, first + count):
+            node.append(user(f"u{number}", LARGE), assistant(f"a{number}"))
+            node.flusher.flush(world.h, urgent=False)
+
+    grow(0, 2)
+    asked(node, F, 4)
+    named = segments_of(world, S)
+    grow(2, 6)
+    assert node.flusher.merges >= 1
+    world.clock.now_ms += compact.REPLACED_KEPT_MS
+    before = segments_of(world, S)
+    grow(8, 1)
+    left = segments_of(world, S)
+    assert len(set(before) - set(left)) >= 3  # what the merge replaced is gone by now
+    assert set(named) <= set(left)
+    node = world.restart(node)
+    assert len(resumed(node).turns) == 4
+    node.flusher.flush(world.h)
+    check_clean(world, node.hot_name)
+
+
 def test_a_long_fork_that_comes_back_fetches_its_instructions_and_its_newest_turns_alone(world: World) -> None:
     node = world.node()
     node.create()
