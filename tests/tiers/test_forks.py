@@ -401,7 +401,7 @@ def test_a_node_with_old_rows_removes_nothing_that_a_fork_elsewhere_names(world:
     assert [turn.turn_id for turn in resumed(new).turns] == ["t2", "t3", "t4", "t5"]
 
 
-@pytest.mark.parametrize("nth", range(1, 12))
+@pytest.mark.parametrize("nth", [1, 2, 3, 5, 7, 9])
 def test_a_line_of_deleted_forks_is_let_go_of_wherever_it_was_cut_short(world: World, nth: int) -> None:
     node = world.node()
     talk(world, node)

@@ -484,6 +484,10 @@ class Flusher:
             self.last_error = error.reason
             self._back_off(h)
             return Flushed(head.cloud_seq, True, True, False)
+        if known is None or known.lifecycle != LIFECYCLE_DELETED:
+            with suppress(SessiondError):  # the row is a hint: a sweep of its day finds that nothing is left
+                cold = load(self._store, h)
+                known = cold.manifest if cold is not None else known
         if known is not None and known.lifecycle == LIFECYCLE_DELETED:
             with suppress(StoreError):
                 self._store.delete(self._bucket.expiry_key(known.tenant, day_of(known.written_ms), h))

@@ -113,8 +113,8 @@ def _prune(store: ObjectStore, found: Cold, now_ms: int, wait: Callable[[float],
         pins = needed(store, found.manifest, now_ms)
         if len(pins) == len(found.manifest.pins):
             return pins
-        mutation = found.manifest.mutation + 1
-        pruned = replace(found.manifest, pins=pins, mutation=mutation, write_id=os.urandom(8), written_ms=now_ms)
+        # Its time stays: the index of what is to be looked at goes by it.
+        pruned = replace(found.manifest, pins=pins, mutation=found.manifest.mutation + 1, write_id=os.urandom(8))
         try:
             put_settled(store, h, pruned, found.etag, wait)
         except Conflict:
