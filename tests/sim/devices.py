@@ -157,6 +157,8 @@ class Device:
             ]
             op.head = (answer.head.seq, answer.head.chain)
             op.missing = ranges(answer.missing)
+            if request.durability == CLOUD and op.kind == "append" and op.durability != CLOUD:
+                self.world.history.broken("I2", f"{op}: asked for CLOUD, and told that it has less")
             if request.HasField("expected"):
                 op.expected = (request.expected.epoch, request.expected.seq)
             self.note(answer.head, answer.missing)
@@ -196,6 +198,7 @@ class Device:
             op.ownership = receipt.ownership
             op.head = (receipt.head.seq, receipt.head.chain)
             op.missing = ranges(receipt.missing)
+            op.hot_at = receipt.node if receipt.rung == context_pb2.RUNG_HOT else ""
             self.check_context(op, answer.context)
             self.note(receipt.head, receipt.missing)
         self.world.history.done(op)

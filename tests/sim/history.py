@@ -60,6 +60,8 @@ class Op:
     highest: tuple[int, int, bytes] | None = None
     accepts: int | None = None
     reason: str = ""
+    # By whose rows it was answered, where the reply claims the rung HOT.
+    hot_at: str = ""
 
     def told(self) -> str:
         """What was asked and answered, for a trace."""
@@ -94,6 +96,8 @@ class Told:
     created_us: int | None = None
     deleted_us: int | None = None
     expires: bool = False
+    # Who the manifest named as its owner, since when.
+    owners: list[tuple[int, str]] = field(default_factory=list)
 
     def path(self, head: Place) -> list[tuple[Place, Known]]:
         """The log that ends at this head, newest first, as far as it is known."""
@@ -188,6 +192,7 @@ class History:
         told.present = manifest
         life = {1: "active", 2: "archived", 3: "DELETED"}[manifest.lifecycle]
         owned = str(manifest.owner[1]) if manifest.owner is not None else "nobody"
+        told.owners.append((self._schedule.now_us, owned))
         stands = f"epoch {manifest.epoch} mutation {manifest.mutation} head {manifest.head} of {owned} {life}"
         self._schedule.note("store", f"{told.name}: {stands} loss {manifest.loss} orphans {len(manifest.orphans)}")
         owner = self._owners.setdefault((manifest.h, manifest.epoch), writer)
@@ -326,6 +331,8 @@ class History:
                 self._check_expected(told, op)
             if op.ownership != CONFIRMED:
                 continue
+            if op.hot_at and op.hot_at not in owners_between(told, op.sent_us, op.done_us):
+                self.broken("I8", f"{op}: served HOT by {op.hot_at}, which did not own it then")
             path = told.path(op.head)
             if len(path) != op.head[0]:
                 if not ended:
@@ -369,6 +376,12 @@ class History:
         epochs = before.epochs if before is not None else set()
         if seq - 1 != op.expected[1] or (op.expected[0] and epochs and op.expected[0] not in epochs):
             self.broken("I8", f"{op}: expected {op.expected}, and stands behind {sorted(epochs)}:{seq - 1}")
+
+
+def owners_between(told: Told, first_us: int, last_us: int) -> set[str]:
+    """Who owned a session at any moment of a time, by its manifests."""
+    before = [owner for at_us, owner in told.owners if at_us <= first_us][-1:]
+    return {*before, *(owner for at_us, owner in told.owners if first_us < at_us <= last_us)}
 
 
 def told_deletes(told: Told) -> list[int]:

@@ -37,7 +37,7 @@ from sessiond.transport.peers import Credentials, node_key
 from sessiond.v1 import admin_pb2, session_pb2, state_pb2
 from tests.sim.bucket import START_MS, Link
 from tests.sim.schedule import FiberPool, Host
-from tests.sim.wire import Context, RpcError, SimChannels, SimServer, unreachable
+from tests.sim.wire import ANSWERED, Context, RpcError, SimChannels, SimServer, unreachable
 
 if TYPE_CHECKING:
     from tests.sim.world import World
@@ -374,6 +374,7 @@ class SimDaemon:
         return cancel
 
     async def _serve(self, method: str, raw: bytes, context: Context, answer: Reply) -> None:
+        ANSWERED.set(method)
         try:
             reply = await self.server.handler(method)(raw, context)
         except RpcError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from tests.sim.world import World
 
 REQUEST_BYTES_MAX = 16 * 1024**2
+# The call that a node answers, as far as one thing leads to another.
+ANSWERED: ContextVar[str] = ContextVar("ANSWERED", default="")
 
 
 RpcError = grpc.aio.AioRpcError
@@ -98,6 +101,8 @@ class _Stub:
         self._world, self._host, self._address = world, host, address
 
     async def _ask(self, method: str, request: Any, timeout_s: float, metadata: Any) -> bytes:
+        if method == ANSWERED.get() == "Forward":
+            self._world.history.broken("FORWARD", f"{self._host.name} forwards a forwarded call to {self._address}")
         answer = await self._world.call_node(
             self._host, self._address, method, request.SerializeToString(), timeout_s, metadata
         )
