@@ -1,0 +1,556 @@
+"""Plants bugs into the daemon, in memory, and says which seed catches each, and by which invariant.
+
+`python -m tests.sim.teeth` runs all of them and writes TEETH.md; `--only NAME` runs one. A plant is a function of the
+daemon whose source is changed in one place: by hand, where somebody thought of the mistake, or by a rule, where nobody
+did. A plant whose place is not there any more is an error: the list is kept in step with the code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import copy
+import importlib
+import inspect
+import json
+import random
+import signal
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from tests.sim import schedule
+from tests.sim.world import run_seed
+
+TABLE = Path(__file__).with_name("TEETH.md")
+CAUGHT = Path(__file__).with_name("teeth.json")
+# Seeds after which a plant counts as survived.
+SEEDS_MAX = 400
+# A plant that makes the daemon spin is caught, too.
+SEED_S_MAX = 30
+STEPS_MAX = 300_000
+# So many of the places that rules could change are drawn, always the same ones.
+MECHANICAL = 24
+MECHANICAL_SEED = 4
+
+
+@dataclass(frozen=True)
+class Place:
+    """One function of the daemon: `module:Class.function`, or `module:function`."""
+
+    name: str
+
+    def found(self) -> tuple[Any, Any, str, Any]:
+        """(module, what holds it, its name there, it)."""
+        path, _, rest = self.name.partition(":")
+        module = importlib.import_module(path)
+        holder: Any = module
+        *outer, last = rest.split(".")
+        for part in outer:
+            holder = getattr(holder, part)
+        return module, holder, last, inspect.getattr_static(holder, last)
+
+    def source(self) -> str:
+        return textwrap.dedent(inspect.getsource(self.found()[3]))
+
+
+@dataclass(frozen=True)
+class Plant:
+    """A bug: in the function at `place`, `old` becomes `new` (each a piece of source that stands there once)."""
+
+    name: str
+    place: Place
+    old: str
+    new: str
+    extra: Callable[[Any], dict[str, Any]] = lambda module: {}
+
+    @contextmanager
+    def planted(self) -> Iterator[None]:
+        source = self.place.source()
+        if source.count(self.old) != 1:
+            raise LookupError(f"{self.name}: {self.old!r} stands {source.count(self.old)} times in {self.place.name}")
+        with changed(self.place, source.replace(self.old, self.new), self.extra):
+            yield
+
+
+@contextmanager
+def changed(place: Place, source: str, extra: Callable[[Any], dict[str, Any]] = lambda module: {}) -> Iterator[None]:
+    """The daemon with another source of one function."""
+    module, holder, name, _ = place.found()
+    space = dict(vars(module)) | extra(module)
+    made: dict[str, Any] = {}
+    code = compile(f"from __future__ import annotations\n{source}", f"<planted in {place.name}>", "exec")
+    exec(code, space, made)
+    with mock.patch.object(holder, name, made[name]):
+        yield
+
+
+def early(module: Any) -> dict[str, Any]:
+    """What answers an append before its commit."""
+
+    async def answered_early(hot: Any, operation: Any, weight_bytes: int) -> Any:
+        with hot._env.begin(write=True) as raw:
+            try:
+                done = operation(type_of(hot)(raw, hot._tables))
+            finally:
+                raw.abort()
+        module.asyncio.ensure_future(hot.run(operation, weight_bytes))
+        return done
+
+    return {"answered_early": answered_early}
+
+
+def type_of(hot: Any) -> Any:
+    return importlib.import_module("sessiond.tiers.hot.environment").Transaction
+
+
+def stale_ids(module: Any) -> dict[str, Any]:
+    """Turn ids as they were before the newest transaction of the session."""
+    seen: dict[bytes, bytes] = {}
+
+    def read_before(transaction: Any, h: bytes, head_seq: int) -> bytes:
+        before, seen[h] = seen.get(h, b""), module.turn_ids(transaction, h, head_seq)
+        return before
+
+    return {"read_before": read_before}
+
+
+FLUSH = "sessiond.tiers.flush:Flusher."
+CLAIMS = "sessiond.tiers.hydrate:Claims."
+OWN = "sessiond.service.ownership:Ownership."
+SESSIONS = "sessiond.service.sessions:Sessions."
+RESCUE = "sessiond.service.rescue:"
+ROUTER = "sessiond.service.router:Router."
+LEASE = "sessiond.tiers.cloud.lease:Lease."
+PEERS = "sessiond.tiers.peers:Peers."
+
+BY_HAND = [
+    Plant(
+        "no fence check: manifests are written whatever stands there",
+        Place("sessiond.tiers.hydrate:put_settled"),
+        "store.put(name, body, if_absent=etag is None, if_match=etag)",
+        "store.put(name, body)",
+    ),
+    Plant(
+        "acknowledged before the commit",
+        Place(SESSIONS + "_append"),
+        "outcome = await self._hot.run(operation, weight_bytes)",
+        "outcome = await answered_early(self._hot, operation, weight_bytes)",
+        early,
+    ),
+    Plant(
+        "turn_ids are looked up outside the transaction",
+        Place("sessiond.tiers.hot.log:append"),
+        "entries = turn_ids(transaction, h, head.head_seq)",
+        "entries = read_before(transaction, h, head.head_seq)",
+        stale_ids,
+    ),
+    Plant(
+        "segments are deleted after a commit whose outcome is unknown",
+        Place(FLUSH + "_flush"),
+        "    except Conflict as lost:\n",
+        "    except Unavailable:\n"
+        "        for row in sealed:\n"
+        "            self._store.delete(row_key(cut.base, row))\n"
+        "        raise\n"
+        "    except Conflict as lost:\n",
+    ),
+    Plant(
+        "what a merge replaced is deleted before the epoch is checked",
+        Place(FLUSH + "_merge"),
+        "    self.merges += 1\n",
+        "    self.merges += 1\n    for name, _ in gone:\n        self._store.delete(name)\n",
+    ),
+    Plant(
+        "a cold read is served as HOT",
+        Place(SESSIONS + "_resume_cold"),
+        "rung=context_pb2.RUNG_CLOUD,",
+        "rung=context_pb2.RUNG_HOT,",
+    ),
+    Plant(
+        "a release does not keep appends out",
+        Place(FLUSH + "flush"),
+        "before = self._move(h, PHASE_OWNED, PHASE_RELEASING, unused_since_ms)",
+        "before = PHASE_OWNED",
+    ),
+    Plant(
+        "a node is called gone without a fence",
+        Place(PEERS + "_look"),
+        "state = self._fence(key, holder, etag, owner)",
+        "state = GONE",
+    ),
+    Plant(
+        "a fence whose outcome is unknown counts",
+        Place(PEERS + "_fence"),
+        "return SILENT",
+        "return GONE",
+    ),
+    Plant(
+        "a lease need not stand still for a session to be taken",
+        Place(OWN + "succession"),
+        "if verdict.state != GONE or not self._parts.lease.is_valid():",
+        "if False:",
+    ),
+    Plant(
+        "a doubt is settled by a read",
+        Place(FLUSH + "_settled"),
+        "etag = put_settled(self._store, h, manifest, cold.etag, self._wait)",
+        "manifest, etag = cold.manifest, cold.etag",
+    ),
+    Plant(
+        "the loss row of a steal is forgotten",
+        Place(OWN + "succession"),
+        "return Succession([manifest.epoch, manifest.head, REASON_LOST, 0], True)",
+        "return Succession(None, True)",
+    ),
+    Plant(
+        "ownership is confirmed without a look at the lease",
+        Place(OWN + "standing"),
+        "if self._parts.lease.is_valid() and tenure == self._parts.lease.tenure:",
+        "if True:",
+    ),
+    Plant(
+        "an orphan is dropped instead of offered",
+        Place(RESCUE + "Rescues.offer"),
+        "if head.head_seq <= head.cloud_seq and blobs is None:",
+        "if True:",
+    ),
+    Plant(
+        "a rescue is applied over turns that are known",
+        Place(RESCUE + "_is_known"),
+        "return found is not None",
+        "return False",
+    ),
+    Plant(
+        "a rescue that could not be applied is not listed",
+        Place(RESCUE + "Rescues._note"),
+        "manifest.orphans = [*others, row] if outcome == LISTED else others",
+        "manifest.orphans = others",
+    ),
+    Plant(
+        "a forwarded call is forwarded again",
+        Place("sessiond.transport.server:Server._forward"),
+        "answer = reply(await work(call, request))",
+        "call = Call(forwarded.tenant, self._deadline_ms(context))\n"
+        "        answer = await self._router.call(name, call, request, forwarded.request, _replied(work))",
+    ),
+    Plant(
+        "a hint is trusted for ever",
+        Place(ROUTER + "_forward"),
+        "if response.not_owner:\n        self._hints.pop(h, None)",
+        "if response.not_owner and self._hints.get(h) == owner:\n"
+        "        raise Unavailable('NOT_OWNER', 'It is the owner, whatever it says.')\n"
+        "    if response.not_owner:\n        pass",
+    ),
+    Plant(
+        "the lease is taken again before what was owned is doubted",
+        Place(LEASE + "_take_again"),
+        "self._on_fenced()",
+        "pass",
+    ),
+    Plant(
+        "a start believes its rows although it was fenced",
+        Place("sessiond.daemon:take_node"),
+        "if not ours or fenced:",
+        "if not ours:",
+    ),
+    Plant(
+        "an old copy of the disk is taken for the newest",
+        Place("sessiond.daemon:take_node"),
+        'int(holder.get("txn", 0)) > opened_at',
+        "False",
+    ),
+    Plant(
+        "a claim that was under way across a fence settles as owned",
+        Place(CLAIMS + "_settle"),
+        "if tenure == self._tenure():",
+        "if True:",
+    ),
+    Plant(
+        "CLOUD is acknowledged although the outcome is unknown",
+        Place(SESSIONS + "_reach"),
+        "        except SessiondError as error:\n            detail = error.message\n",
+        "        except SessiondError as error:\n"
+        "            if error.reason == 'COMMIT_UNKNOWN':\n"
+        "                return\n"
+        "            detail = error.message\n",
+    ),
+    Plant(
+        "an ambiguous write counts as committed",
+        Place("sessiond.tiers.hydrate:put_settled"),
+        "        except Ambiguous as error:\n            ambiguous = error\n",
+        "        except Ambiguous as error:\n            return 'unknown'\n            ambiguous = error\n",
+    ),
+    Plant(
+        "a steal keeps the epoch",
+        Place(CLAIMS + "claim"),
+        "h, epoch = old.h, old.epoch + 1",
+        "h, epoch = old.h, old.epoch",
+    ),
+    Plant(
+        "`expected` is not looked at",
+        Place("sessiond.tiers.hot.log:append"),
+        "if expected is not None and",
+        "if False and",
+    ),
+    Plant(
+        "rows are dropped before the claim that replaces them is definite",
+        Place(CLAIMS + "claim"),
+        'transaction.put("heads", h, encode_head(h, intent))',
+        'log.drop_rows(transaction, h)\n        transaction.put("heads", h, encode_head(h, intent))',
+    ),
+]
+
+# Where rules look for places: what decides who owns, what is committed, and what is told.
+FUNCTIONS = [
+    CLAIMS + "claim",
+    CLAIMS + "create",
+    CLAIMS + "_settle",
+    CLAIMS + "_forget",
+    CLAIMS + "put_orphan",
+    "sessiond.tiers.hydrate:put_settled",
+    "sessiond.tiers.hydrate:is_write",
+    FLUSH + "flush",
+    FLUSH + "_delete",
+    FLUSH + "_settle",
+    FLUSH + "_settled",
+    FLUSH + "_catch_up",
+    FLUSH + "_is_ours",
+    FLUSH + "_look",
+    FLUSH + "_fence",
+    FLUSH + "_give_up",
+    PEERS + "_look",
+    LEASE + "renew",
+    LEASE + "_take_again",
+    LEASE + "is_valid",
+    OWN + "succession",
+    OWN + "take",
+    OWN + "cold",
+    OWN + "standing",
+    RESCUE + "Rescues.offer",
+    RESCUE + "Rescues.apply",
+    RESCUE + "Rescues._note",
+    ROUTER + "call",
+    ROUTER + "_forward",
+    SESSIONS + "_append",
+    SESSIONS + "_reach",
+    SESSIONS + "_judge",
+    SESSIONS + "_mark_deleted",
+    "sessiond.tiers.hot.log:append",
+    "sessiond.tiers.hot.log:check_writable",
+    "sessiond.tiers.hot.log:doubt_owned",
+]
+
+NEGATED = {
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.Lt: ast.GtE,
+    ast.GtE: ast.Lt,
+    ast.Gt: ast.LtE,
+    ast.LtE: ast.Gt,
+    ast.Is: ast.IsNot,
+    ast.IsNot: ast.Is,
+    ast.In: ast.NotIn,
+    ast.NotIn: ast.In,
+}
+EDGES = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt}
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A bug by a rule: the change number `index` of a function. what: the line before and after."""
+
+    name: str
+    place: Place
+    source: str
+
+    @contextmanager
+    def planted(self) -> Iterator[None]:
+        with changed(self.place, self.source):
+            yield
+
+
+def mutations(place: Place) -> Iterator[Mutation]:
+    """Every change that the rules know of one function."""
+    original = ast.parse(place.source())
+    for index, node in enumerate(ast.walk(original)):
+        for rule, change in changes_of(node):
+            tree = copy.deepcopy(original)
+            target = next(found for at, found in enumerate(ast.walk(tree)) if at == index)
+            before = ast.unparse(line_of(node)).splitlines()[0]
+            change(target, tree)
+            after = ast.unparse(ast.fix_missing_locations(tree))
+            function = place.name.partition(":")[2]
+            yield Mutation(f"{rule} in {function}: `{before[:90]}`", place, after)
+
+
+def line_of(node: ast.AST) -> ast.AST:
+    return node
+
+
+def changes_of(node: ast.AST) -> Iterator[tuple[str, Callable[[Any, Any], None]]]:
+    if isinstance(node, ast.Compare) and len(node.ops) == 1:
+        kind = type(node.ops[0])
+        if kind in NEGATED:
+
+            def negate(target: Any, tree: Any) -> None:
+                target.ops[0] = NEGATED[type(target.ops[0])]()
+
+            yield "negated", negate
+        if kind in EDGES:
+
+            def shift(target: Any, tree: Any) -> None:
+                target.ops[0] = EDGES[type(target.ops[0])]()
+
+            yield "off by one", shift
+    if isinstance(node, ast.BoolOp):
+
+        def swap(target: Any, tree: Any) -> None:
+            target.op = ast.And() if isinstance(target.op, ast.Or) else ast.Or()
+
+        yield "and for or", swap
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+
+        def add(target: Any, tree: Any) -> None:
+            target.value += 1
+
+        yield "one more", add
+    if isinstance(node, ast.Expr) and not isinstance(node.value, ast.Constant | ast.Yield):
+
+        def drop(target: Any, tree: Any) -> None:
+            target.value = ast.Constant(None)
+
+        yield "dropped", drop
+    if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute):
+
+        def forget(target: Any, tree: Any) -> None:
+            target.targets = [ast.Name("_", ast.Store())]
+
+        yield "not set", forget
+
+
+def by_rule() -> list[Mutation]:
+    """The mutations that are drawn: always the same ones for the same source."""
+    found = [mutation for name in FUNCTIONS for mutation in mutations(Place(name))]
+    rng = random.Random(MECHANICAL_SEED)
+    rng.shuffle(found)
+    drawn: list[Mutation] = []
+    taken: dict[str, int] = {}
+    for mutation in found:
+        # At most two of one function.
+        if taken.get(mutation.place.name, 0) < 2 and mutation.name not in {known.name for known in drawn}:
+            taken[mutation.place.name] = taken.get(mutation.place.name, 0) + 1
+            drawn.append(mutation)
+    return drawn[:MECHANICAL]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a plant. seed: what caught it, None for a survivor. by: invariant and explanation."""
+
+    name: str
+    seed: int | None
+    by: str
+    what: str
+    seeds: int
+
+
+class TooLong(BaseException):
+    """A seed took too long under a plant."""
+
+
+def hunt(plant: Plant | Mutation, seeds: Iterator[int] | range) -> Verdict:
+    """Run seeds until one of them catches the plant."""
+
+    def ring(number: int, frame: Any) -> None:
+        raise TooLong
+
+    before = signal.signal(signal.SIGALRM, ring)
+    count = 0
+    try:
+        with plant.planted(), mock.patch.object(schedule, "STEPS_MAX", STEPS_MAX):
+            for seed in seeds:
+                count += 1
+                signal.setitimer(signal.ITIMER_REAL, SEED_S_MAX)
+                try:
+                    result = run_seed(seed)
+                except TooLong:
+                    return Verdict(plant.name, seed, "HANG", "the world stands still", count)
+                except Exception as error:
+                    return Verdict(plant.name, seed, "ERROR", f"{type(error).__name__}: {error}"[:160], count)
+                finally:
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+                if result.violations:
+                    by, what = result.violations[0]
+                    return Verdict(plant.name, seed, by, what[:160], count)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    return Verdict(plant.name, None, "", "", count)
+
+
+def known_seeds() -> dict[str, int]:
+    """The seed that caught each plant when the table was written."""
+    return dict(json.loads(CAUGHT.read_text())) if CAUGHT.exists() else {}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.sim.teeth", description=__doc__)
+    parser.add_argument("--only", help="run the plants whose name has this in it, and write no table")
+    parser.add_argument("--seeds", type=int, default=SEEDS_MAX)
+    parser.add_argument("--list", action="store_true")
+    arguments = parser.parse_args()
+    plants: list[Plant | Mutation] = [*BY_HAND, *by_rule()]
+    if arguments.only:
+        plants = [plant for plant in plants if arguments.only in plant.name]
+    if arguments.list:
+        print("\n".join(plant.name for plant in plants))
+        return 0
+    verdicts: list[Verdict] = []
+    for plant in plants:
+        began_s = time.monotonic()
+        first = known_seeds().get(plant.name)
+        order = [*([first] if first is not None else []), *range(arguments.seeds)]
+        verdict = hunt(plant, iter(order))
+        verdicts.append(verdict)
+        told = f"seed {verdict.seed} {verdict.by}: {verdict.what}" if verdict.seed is not None else "SURVIVED"
+        print(f"{plant.name}: {told} ({verdict.seeds} seeds, {time.monotonic() - began_s:.1f} s)", flush=True)
+        if not arguments.only:
+            write(verdicts, len(BY_HAND))
+    return sum(verdict.seed is None for verdict in verdicts)
+
+
+def write(verdicts: list[Verdict], by_hand: int) -> None:
+    """The table, and beside it the seeds by name for the tests."""
+    from tests.sim.survivors import SURVIVORS
+
+    caught = [verdict for verdict in verdicts if verdict.seed is not None]
+    lines = [
+        "# Planted bugs, and the seeds that catch them",
+        "",
+        "Written by `python -m tests.sim.teeth`; do not edit. Each bug is planted alone; seeds run until one breaks.",
+        f"{len(caught)} of {len(verdicts)} are caught, within {SEEDS_MAX} seeds each.",
+    ]
+    for title, part in (("By hand", verdicts[:by_hand]), ("By rule", verdicts[by_hand:])):
+        lines += ["", f"## {title}", "", "| bug | seed | by | what it said |", "|---|---|---|---|"]
+        for verdict in part:
+            if verdict.seed is None:
+                why = SURVIVORS.get(verdict.name, "not explained yet")
+                lines.append(f"| {cell(verdict.name)} | none of {verdict.seeds} | | survives: {cell(why)} |")
+            else:
+                lines.append(f"| {cell(verdict.name)} | {verdict.seed} | {verdict.by} | {cell(verdict.what)} |")
+    TABLE.write_text("\n".join(lines) + "\n")
+    CAUGHT.write_text(json.dumps({verdict.name: verdict.seed for verdict in caught}, indent=1) + "\n")
+
+
+def cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
