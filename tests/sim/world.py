@@ -552,6 +552,8 @@ class World:
                 for key, value in transaction.scan("heads", b""):
                     head = decode_head(key, value)
                     unsettled = head.phase in (PHASE_RELEASING, PHASE_FENCED, PHASE_DOUBTED)
+                    if self.history.sessions[head.session].expires and head.phase == PHASE_FENCED:
+                        continue  # what has expired is not rescued, and goes when its day is swept
                     if head.is_dirty or unsettled:
                         found.append(f"{name} {head.session} phase {head.phase} {head.cloud_seq}/{head.head_seq}")
         return found
