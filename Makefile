@@ -97,11 +97,18 @@ test: build ## Runs the tests: the whole suite on the compiled core, tests/core 
 	@SESSIOND_PURE=1 $(PY) -m pytest tests/core -q -m "not torture" $(ARGS) \
 	|| $(call fail,tests failed on the pure twin.,one test alone: SESSIOND_PURE=1 $(PY) -m pytest tests/core/FILE.py::NAME -x)
 
+# How long `make torture` runs simulated worlds.
+MINUTES ?= 60
+
 .PHONY: torture
-torture: build ## Runs the tests that take hours: kills and faults by the hundred
+torture: build ## Runs the tests that take hours: kills and faults by the hundred, simulated worlds for MINUTES=60
 	@$(call say,The torture tests)
 	@$(PY) -m pytest tests -m torture -o faulthandler_timeout=0 $(ARGS) \
 	|| $(call fail,a torture test failed.,the failure names its seed; run that test alone with it)
+	@mkdir -p build/sim
+	@$(call say,Simulated worlds for $(MINUTES) minutes, on from where the last run stopped)
+	@$(PY) -m tests.sim --torture --state build/sim/torture.json --minutes $(MINUTES) \
+	|| $(call fail,a simulated world broke an invariant.,the lines above name the seed and the command that replays it)
 
 BENCH_FLAGS := --benchmark-only --benchmark-columns=min,median,max,ops,rounds --benchmark-sort=name
 ifdef SMOKE

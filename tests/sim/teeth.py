@@ -10,14 +10,15 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
+import hashlib
 import importlib
 import inspect
 import json
-import random
 import signal
 import sys
 import textwrap
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,9 +36,8 @@ SEEDS_MAX = 400
 # A plant that makes the daemon spin is caught, too.
 SEED_S_MAX = 30
 STEPS_MAX = 300_000
-# So many of the places that rules could change are drawn, always the same ones.
+# So many of the places that rules could change are drawn.
 MECHANICAL = 24
-MECHANICAL_SEED = 4
 
 
 @dataclass(frozen=True)
@@ -312,7 +312,6 @@ FUNCTIONS = [
     CLAIMS + "claim",
     CLAIMS + "create",
     CLAIMS + "_settle",
-    CLAIMS + "_forget",
     CLAIMS + "put_orphan",
     "sessiond.tiers.hydrate:put_settled",
     "sessiond.tiers.hydrate:is_write",
@@ -383,15 +382,11 @@ def mutations(place: Place) -> Iterator[Mutation]:
         for rule, change in changes_of(node):
             tree = copy.deepcopy(original)
             target = next(found for at, found in enumerate(ast.walk(tree)) if at == index)
-            before = ast.unparse(line_of(node)).splitlines()[0]
+            before = ast.unparse(node).splitlines()[0]
             change(target, tree)
             after = ast.unparse(ast.fix_missing_locations(tree))
             function = place.name.partition(":")[2]
             yield Mutation(f"{rule} in {function}: `{before[:90]}`", place, after)
-
-
-def line_of(node: ast.AST) -> ast.AST:
-    return node
 
 
 def changes_of(node: ast.AST) -> Iterator[tuple[str, Callable[[Any, Any], None]]]:
@@ -436,16 +431,19 @@ def changes_of(node: ast.AST) -> Iterator[tuple[str, Callable[[Any, Any], None]]
 
 
 def by_rule() -> list[Mutation]:
-    """The mutations that are drawn: always the same ones for the same source."""
-    found = [mutation for name in FUNCTIONS for mutation in mutations(Place(name))]
-    rng = random.Random(MECHANICAL_SEED)
-    rng.shuffle(found)
+    """The mutations that are drawn: by their names, so that a change of one function leaves the others as they were."""
+    found: dict[str, Mutation] = {}
+    for name in FUNCTIONS:
+        try:
+            found |= {mutation.name: mutation for mutation in mutations(Place(name))}
+        except AttributeError:
+            continue  # it has another name by now; test_teeth.py counts
     drawn: list[Mutation] = []
-    taken: dict[str, int] = {}
-    for mutation in found:
+    taken: Counter[str] = Counter()
+    for mutation in sorted(found.values(), key=lambda mutation: hashlib.sha256(mutation.name.encode()).digest()):
         # At most two of one function.
-        if taken.get(mutation.place.name, 0) < 2 and mutation.name not in {known.name for known in drawn}:
-            taken[mutation.place.name] = taken.get(mutation.place.name, 0) + 1
+        if taken[mutation.place.name] < 2:
+            taken[mutation.place.name] += 1
             drawn.append(mutation)
     return drawn[:MECHANICAL]
 
