@@ -99,6 +99,11 @@ class Told:
     # Who the manifest named as its owner, since when.
     owners: list[tuple[int, str]] = field(default_factory=list)
 
+    @property
+    def ended(self) -> bool:
+        """Whether its tombstone stands."""
+        return self.present is not None and self.present.lifecycle == LIFECYCLE_DELETED
+
     def path(self, head: Place) -> list[tuple[Place, Known]]:
         """The log that ends at this head, newest first, as far as it is known."""
         found: list[tuple[Place, Known]] = []
@@ -175,7 +180,7 @@ class History:
         elif kind in ("s/", "o/", "u/", "x/"):
             name = key[2:34] if kind in ("s/", "o/") else key[-32:]
             told = self._by_hash.get(bytes.fromhex(name))
-            ended = told is None or (told.present is not None and told.present.lifecycle == LIFECYCLE_DELETED)
+            ended = told is None or told.ended
             # A row of an index is a hint: a creation that is under way while somebody deletes may write it last.
             if ended and (late or kind in ("u/", "x/")):
                 self.stragglers.add(key)
@@ -265,10 +270,9 @@ class History:
         """Hold everything that was said against what there is. The two: turn_ids by session, outside the logs."""
         for told in self.sessions.values():
             self._check_present(told)
-            ended = told.present is not None and told.present.lifecycle == LIFECYCLE_DELETED
-            if not ended:
+            if not told.ended:
                 self._check_log(told, on_disks.get(told.h, set()), in_orphans.get(told.h, set()))
-            self._check_order(told, ended)
+            self._check_order(told, told.ended)
 
     def _check_present(self, told: Told) -> None:
         for op in told.ops:

@@ -543,6 +543,10 @@ class World:
 
     def _unrest(self) -> list[str]:
         found = []
+        for told in self.history.sessions.values():
+            # What a tombstone leaves behind is swept after it.
+            if told.ended and self.schedule.now_us - told.owners[-1][0] < 5 * SECOND:
+                found.append(f"{told.name} has ended just now")
         for name, machine in self.machines.items():
             daemon = machine.daemon
             if daemon is None or daemon.hot is None or not daemon.serving:
