@@ -309,12 +309,16 @@ class Environment:
             raise Exhausted("OVERLOADED", "The hot tier has no free reader slot.") from error
         except lmdb.Error as error:
             raise self._judge(error) from error
+        transaction = Transaction(raw, self._tables)
         try:
-            yield Transaction(raw, self._tables)
+            yield transaction
         except lmdb.Error as error:
             raise self._judge(error) from error
         finally:
             raw.abort()
+            # The binding gives the reader's slot back only when its object goes, and whoever still has ours may wait
+            # for the store next: a thousand cold sessions at once would take every slot there is.
+            transaction.lmdb = None
 
     @property
     def transaction_id(self) -> int:
