@@ -11,6 +11,8 @@ from sessiond.v1 import context_pb2, session_pb2, session_pb2_grpc
 from tests.cluster.history import CLOUD_ACK
 from tests.cluster.load import append
 from tests.cluster.nodes import running_cluster, until
+from tests.cluster.tcp import State
+from tests.seaweed import Seaweed
 from tests.wire import CLOUD, HOT, OPTIONS, Refusal, user
 
 COLD = [f"s{number}" for number in range(150)]
@@ -44,13 +46,16 @@ async def resume_all(address: str, sessions: list[str]) -> dict[str, context_pb2
     return dict(zip(sessions, found, strict=True))
 
 
-def test_cold_sessions_resumed_all_at_once_are_fetched_once_each() -> None:
-    with running_cluster(size=2, flush_interval_ms=1000) as cluster:
+def test_cold_sessions_resumed_all_at_once_are_fetched_once_each(seaweed: Seaweed) -> None:
+    # Fewer readers than sessions: none may hold one while it waits for a store that takes its time.
+    with running_cluster(seaweed, 2, flush_interval_ms=1000, readers_max=64) as cluster:
         wire = cluster[0].wire()
         for session in COLD:
             wire.create(session)
             append(wire, session, user("t1", f"the first of {session}"))
         assert cluster[0].terminate() == 0
+        assert cluster[1].store is not None
+        cluster[1].store.set(State.OPEN, delay_ms=100)
         before = Counter({(row.kind, row.object): row.count for row in cluster[1].status().cloud.objects})
         found = asyncio.run(resume_all(cluster[1].address, COLD))
         until(lambda: cluster[1].status().hot.sessions == len(COLD), "all are claimed")

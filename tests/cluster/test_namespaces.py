@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import sessiond
 from tests.cluster.namespaces import RUN_S_MAX, are_allowed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -16,7 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.skipif(not are_allowed(), reason="this machine allows no network namespaces; test_links.py has the rest")
 def test_a_node_whose_packets_vanish_keeps_its_sessions_while_its_lease_moves(tmp_path: Path) -> None:
-    path = os.pathsep.join(part for part in (str(ROOT / "src"), os.environ.get("PYTHONPATH", "")) if part)
+    # The package that this test imported, wherever it is run from.
+    path = str(Path(sessiond.__file__).resolve().parents[1])
     run = subprocess.run(
         ["unshare", "-rn", sys.executable, "-m", "tests.cluster.namespaces", str(tmp_path)],
         cwd=ROOT,
