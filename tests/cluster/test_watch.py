@@ -213,7 +213,7 @@ def test_turns_that_died_with_the_owner_are_replaced(tmp_path: Path) -> None:
 def test_turns_that_the_owners_disk_took_are_replaced_when_it_comes_back(tmp_path: Path) -> None:
     never = {"flush_interval_ms": NEVER_MS, "flush_waiting_ms": NEVER_MS}
     with two_nodes(tmp_path, **never) as nodes, connected(nodes) as (a, b):
-        for name in ("written", "left"):
+        for name in ("written", "left", "new"):
             a.create(name)
             fill(a, name, 3)
         a.admin.Flush(admin_pb2.FlushRequest(), timeout=30)
@@ -221,17 +221,25 @@ def test_turns_that_the_owners_disk_took_are_replaced_when_it_comes_back(tmp_pat
         for name, watch in (("written", written), ("left", left)):
             a.append(name, *(user(f"lost{number}", "never flushed") for number in range(3)))
             watch.until_seq(6)
-        nodes[0].kill()
-        nodes[0].lose_hot_tier()
-        nodes[0].start()
-        # This one is the new hot tier's of the same node; the other one is nobody's, and a node of that name answers.
-        a.append("written", user("kept", "after it"))
+        # While the watching node stands still: it finds the owner's log shorter than what it told.
+        nodes[1].process.send_signal(signal.SIGSTOP)
+        try:
+            nodes[0].kill()
+            nodes[0].lose_hot_tier()
+            nodes[0].start()
+            a.append("written", user("kept", "after it"))
+        finally:
+            nodes[1].process.send_signal(signal.SIGCONT)
         for watch in (written, left):
             event = watch.until(lambda event: event.epoch_changed)
             assert [missing.first_seq for missing in event.missing] == [4]
-        written.until(lambda event: any(turn.turn_id == "kept" for turn in written.log))
+        while not any(turn.turn_id == "kept" for turn in written.log):
+            written.next()
         assert told(written) == stored(a, "written")
         assert told(left) == stored(b, "left")
+        assert owner(a, "written") == "a"
+        # The manifest names a hot tier that is gone, and a node of its name answers.
+        assert Watch(b, "new", turn_pb2.TurnPosition()).next().head.seq == 3
 
 
 def test_calls_to_a_node_that_drains_reach_whoever_took_the_session(tmp_path: Path) -> None:
