@@ -129,7 +129,7 @@ class Link(ObjectStore):
         region, host = self._region, self._host
         schedule = region.schedule
         fiber, turn = schedule.arm()
-        plan = region.weather.store(host.name, writes)
+        plan = region.weather.store(host.name, key, writes)
         name = f"{kind} {short(key)}"
         sent_us = schedule.now_us
         outcome: list[Any] = []

@@ -61,8 +61,9 @@ class Weather:
     store_timeout_us: int = 2_000 * MS
     calm: bool = False
     cut: set[tuple[str, str]] = field(default_factory=set)
-    # Hosts whose every request the store refuses, and with what.
-    outage: dict[str, str] = field(default_factory=dict)
+    # Hosts whose requests about such keys the store refuses: (how, prefix of the keys). `deaf`: it carries them out and
+    # does not answer.
+    outage: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, rng: random.Random) -> Weather:
@@ -99,15 +100,16 @@ class Weather:
             factor *= rng.choice((5, 20, 60))
         return 1 + int(usual_us * factor)
 
-    def store(self, host: str, writes: bool) -> StorePlan:
+    def store(self, host: str, key: str, writes: bool) -> StorePlan:
         """What becomes of a host's next request to the store."""
         there, back = self._delay(self.store_us // 2), self._delay(self.store_us // 2)
         if (host, "store") in self.cut:
             return StorePlan(None, None)
         if ("store", host) in self.cut:
             return StorePlan(there, None)
-        if host in self.outage:
-            return StorePlan(None, back, self.outage[host])
+        how, prefix = self.outage.get(host, ("", ""))
+        if how and key.startswith(prefix):
+            return StorePlan(there, None) if how == "deaf" else StorePlan(None, back, how)
         if self.calm:
             return StorePlan(there, back)
         rng, rates = self.rng, self.rates

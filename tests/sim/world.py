@@ -330,17 +330,19 @@ class World:
 
     def outage(self, name: str) -> str:
         hosts = self.chaos.choice(([name], self.machine_names))
-        how = self.chaos.choice(("failed", "failed", "unsent"))
+        how = self.chaos.choice(("failed", "failed", "unsent", "deaf"))
+        # A store may be in order but for some of its keys.
+        prefix = self.chaos.choice(("", "", "m/", "m/", "s/", "n/"))
         after_us = self._pause_us()
         for host in hosts:
-            self.weather.outage[host] = how
+            self.weather.outage[host] = how, prefix
 
         def over() -> None:
             for host in hosts:
                 self.weather.outage.pop(host, None)
 
         self.schedule.after(after_us, over)
-        return f"the store refuses {hosts}: {how}, for {after_us / 1e6:.3f} s"
+        return f"the store refuses {hosts} keys {prefix}*: {how}, for {after_us / 1e6:.3f} s"
 
     def jump(self, name: str) -> str:
         machine = self.machines[name]
@@ -428,10 +430,7 @@ class World:
             try:
                 self._run()
             finally:
-                for daemon in [*self.zombies, *(machine.daemon for machine in self.machines.values())]:
-                    if daemon is not None:
-                        daemon.kill()
-                self.clients.kill()
+                self.end()
         violations = [("DEFECT", what) for what in self.schedule.defects] + self.history.violations
         trace = self.schedule.trace
         return Result(
@@ -444,6 +443,13 @@ class World:
             self.history.confirmed,
             self.faults,
         )
+
+    def end(self) -> None:
+        """End every process."""
+        for daemon in [*self.zombies, *(machine.daemon for machine in self.machines.values())]:
+            if daemon is not None:
+                daemon.kill()
+        self.clients.kill()
 
     def _run(self) -> None:
         schedule, knobs = self.schedule, self.knobs

@@ -1,0 +1,104 @@
+"""What the simulation once found, told as a story of its own: seeds change their worlds whenever the code changes."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from sessiond.core import rules
+from sessiond.tiers.cloud.bucket import open_bucket
+from tests.sim.devices import Device
+from tests.sim.node import TENANT
+from tests.sim.schedule import Trace
+from tests.sim.world import SECOND, World, patched
+
+SEED = 1
+LEASE_MS = 1000
+
+
+class Story:
+    """A calm world of two nodes and one session, in which only that happens which the story says."""
+
+    def __init__(self, folder: Path) -> None:
+        self.world = World(SEED, folder, Trace(), nodes=2)
+        knobs = self.world.knobs
+        knobs.lease_ms, knobs.flush_interval_ms, knobs.idle_release_ms = LEASE_MS, 60_000, 0
+        knobs.sessions, knobs.cloud_only, knobs.expiry, knobs.deletes = ["s0"], set(), {}, False
+        knobs.serve_unconfirmed = True
+        self.world.weather.calm = True
+
+    def device(self, name: str, node: str) -> Device:
+        device = Device(self.world, name, "s0")
+        device.home, device.faithful = node, 1.0
+        return device
+
+    def tell(self, plot: Callable[[], Awaitable[None]]) -> list[tuple[str, str]]:
+        """Run it, let the nodes come to rest, and hold every invariant; what is broken."""
+        world = self.world
+        with patched(world):
+            try:
+                for machine in world.machines.values():
+                    machine.start()
+                assert world.schedule.run(world._served, 20 * SECOND)
+                bucket = open_bucket(world.direct, b"", 0)
+                world.history.add("s0", rules.session_hash(bucket.hash_key, TENANT, "s0"), False)
+                world._task(plot())  # type: ignore[arg-type]
+                assert world.schedule.run(lambda: world._living == 0, 200 * SECOND)
+                world._come_to_rest()
+                world._check(bucket)
+            finally:
+                world.end()
+        return [("DEFECT", what) for what in world.schedule.defects] + world.history.violations
+
+
+@pytest.fixture
+def story() -> Iterator[Story]:
+    folder = Path(tempfile.mkdtemp(prefix="sim-"))
+    try:
+        yield Story(folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_a_session_of_a_lost_disk_is_written_through_the_other_node(story: Story) -> None:
+    first, second = story.device("a", "n1"), story.device("b", "n2")
+    done = []
+
+    async def plot() -> None:
+        assert await first.create()
+        assert await first.append()
+        assert await second.resume(), "n2 knows n1 as its owner"
+        story.world.lose_disk("n1")
+        while not story.world._served():
+            await first.sleep(0.1)
+        # n1 is back, and is another hot tier: nobody asks it for the session.
+        done.append(await second.append(10.0))
+
+    assert story.tell(plot) == []
+    assert done == [True]
+
+
+def test_a_node_that_stood_still_changes_nothing_and_its_turns_come_back(story: Story) -> None:
+    first, second = story.device("a", "n1"), story.device("b", "n2")
+
+    async def plot() -> None:
+        world = story.world
+        assert await first.create()
+        assert await first.append()
+        zombie = world.machines["n1"].daemon
+        assert zombie is not None
+        zombie.host.freeze()
+        assert await second.append(30.0), "n2 takes it once the lease has stood still"
+        taken = world.history.sessions["s0"].present
+        assert taken is not None
+        assert (taken.epoch, taken.owner and taken.owner[1]) == (2, "n2")
+        world._thaw(zombie)
+        await first.append(30.0)
+
+    assert story.tell(plot) == []
+    names = [turn.turn_id for turn in story.world.history.sessions["s0"].known.values()]
+    assert names, "nothing was written, so nothing was tested"
