@@ -41,7 +41,7 @@ from sessiond.tiers.hot.rows import PHASE_RELEASED, decode_head
 from sessiond.tiers.hydrate import Claims, Segments
 from sessiond.tiers.hydrate import Node as NodeIdentity
 from sessiond.tiers.local_disk import refuse_network
-from sessiond.tiers.peers import Peers
+from sessiond.tiers.peers import Owner, Peers
 from sessiond.tiers.steady import SteadyClock
 from sessiond.tiers.upkeep import Upkeep
 from sessiond.tokens import Tokenizer
@@ -183,7 +183,7 @@ class Daemon:
         flusher.start()
         opened.callback(flusher.stop)
         claims = Claims(hot, store, bucket, identity, time.sleep, lambda: lease.tenure)
-        peers = Peers(store, identity, settings.lease_ms)
+        peers = Peers(store, identity, settings.lease_ms, on_fence=fenced_another)
         opened.callback(claims.close)
         executor = ThreadPoolExecutor(max_workers=STORE_THREADS, thread_name_prefix="store")
         opened.callback(executor.shutdown, wait=True, cancel_futures=True)
@@ -398,6 +398,11 @@ def fenced(hot: Environment, node: str) -> None:
     """Another node took this one for gone while it stood still: what it owned may be another's now."""
     log.warning(telemetry.FENCED, node=node)
     doubt_all(hot)
+
+
+def fenced_another(owner: Owner) -> None:
+    """Another node was taken for gone by this one; its sessions are taken over as they are asked for."""
+    log.warning(telemetry.PEER_FENCED, node=owner.name, address=owner.address, incarnation=owner.incarnation.hex())
 
 
 def doubt_all(hot: Environment) -> None:

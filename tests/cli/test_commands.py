@@ -285,6 +285,11 @@ def test_every_refusal_has_its_exit_code_and_reason(
         ["dump", "path", "--session", "s"],
         ["serve", "--lease-ms", "x"],
         ["stats", "--timeout", "0"],
+        ["watch", "s", "--after", f"{2**64}"],
+        ["fork", "s", "--at", f"{2**64}"],
+        ["state", "put", "k", "-", "--session", "s", "--expected", f"{2**64}"],
+        ["state", "list", "--session", "s", "--accept-missing", f"{2**32}"],
+        ["resume", "s", "--accept-missing", f"{2**32}"],
     ],
 )
 def test_wrong_usage_ends_with_2(argv: list[str]) -> None:

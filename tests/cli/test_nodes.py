@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -70,10 +71,33 @@ def test_stats_tells_how_sessions_and_calls_move(tmp_path: Path) -> None:
         second.create_session("t")
         both[0].kill()
         second.append("s", user("Two"))
+        told_of = [json.loads(line) for line in both[1].log().splitlines() if '"peer_fenced"' in line]
+        assert [(line["node"], line["address"]) for line in told_of] == [("n0", both[0].address)]
         moved = facts(both[1])
         assert moved["came here"] == "0 that nobody owned, 1 of nodes that were gone"
         told = run("stats", "--json", "--server", both[1].address).json["ownership"]
         assert (told["claims"], told["steals"]) == (0, 1)
+
+
+def test_a_list_says_whose_sessions_it_shows_as_they_were_flushed_and_calls_none_of_them_lossy(tmp_path: Path) -> None:
+    with nodes(tmp_path, 2) as both, Client(both[0].address) as first:
+        first.create_session("s")
+        first.append("s", user("One"), durability="CLOUD")
+        standing = [run("sessions", "--server", daemon.address).out.splitlines()[-1] for daemon in both]
+        assert standing[0].endswith("in the cloud tier")
+        assert standing[1].endswith("as n0 flushed it")
+
+
+def test_release_says_what_another_node_owns_and_what_is_not_there(tmp_path: Path) -> None:
+    with nodes(tmp_path, 2) as both, Client(both[0].address) as first:
+        first.create_session("s")
+        refused = run("release", "--json", "s", "none", "--server", both[1].address)
+        assert refused.code == exits.INCOMPLETE
+        assert refused.json["failures"] == {"s": "NOT_OWNER", "none": "SESSION_NOT_FOUND"}
+        assert refused.json["released_sessions"] == 0
+        # The second time nobody owns it, whoever is asked.
+        for daemon in (both[0], both[0], both[1]):
+            assert run("release", "--json", "s", "--server", daemon.address).json["released_sessions"] == 1
 
 
 # doctor ---------------------------------------------------------------------------------------------------------------

@@ -266,6 +266,13 @@ def test_no_session_and_another_users_look_alike(wire: Wire) -> None:
     assert ownership(wire).watchers <= 1
 
 
+def test_a_deleted_session_of_another_user_looks_like_none(wire: Wire) -> None:
+    wire.create("s", user_id="ada")
+    wire.sessions.DeleteSession(session_pb2.DeleteSessionRequest(session_id="s"), timeout=30)
+    found = [Watch(wire, "s", user_id=user).refusal().reason for user in ("eve", "ada", "")]
+    assert found == ["SESSION_NOT_FOUND", "SESSION_DELETED", "SESSION_DELETED"]
+
+
 def test_a_backlog_of_ten_thousand_turns_comes_whole_in_bounded_events(wire: Wire) -> None:
     wire.create("s")
     fill(wire, "s", 10_000, size=400)

@@ -6,14 +6,12 @@ import sys
 
 import click
 
-from sessiond.cli import connect, exits, output
+from sessiond.cli import connect, exits, output, ranges
 from sessiond.v1 import admin_pb2
 
 
 @click.command()
-@click.option(
-    "--grace-ms", type=click.IntRange(min=0), default=0, metavar="N", help="The most to spend.  [default: its own]"
-)
+@click.option("--grace-ms", type=ranges.UINT64, default=0, metavar="N", help="The most to spend.  [default: its own]")
 @click.option("--shut-down", is_flag=True, help="End the daemon when it is done.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @connect.options

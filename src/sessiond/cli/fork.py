@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import click
 
-from sessiond.cli import connect, output
+from sessiond.cli import connect, output, ranges
 from sessiond.cli.append import parse_position
 
 
 @click.command()
 @click.argument("session")
 @click.argument("new", required=False, default="")
-@click.option("--at", type=click.IntRange(min=1), metavar="SEQ", help="The last turn to share.  [default: the newest]")
+@click.option("--at", type=ranges.UINT64_FROM_1, metavar="SEQ", help="The last turn to share.  [default: the newest]")
 @click.option("--checkpoint", metavar="EPOCH:SEQ", help="The checkpoint to fork at, as sessiond show prints it.")
 @click.option("--user", default="", metavar="U", help="The user whose session it must be.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")

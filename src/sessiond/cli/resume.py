@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sessiond.cli import connect, output
+from sessiond.cli import connect, output, ranges
 from sessiond.cli.append import parse_position
 from sessiond.cli.export import missing_text
 from sessiond.v1 import context_pb2, turn_pb2
@@ -34,7 +34,7 @@ PARTS = ("instructions", "pins", "summary", "tail", "recalled", "new_message", "
     metavar="EPOCH:SEQ[:CHAINHEX]",
     help="The newest turn that you saw acknowledged; its chain, as append prints it, proves it.",
 )
-@click.option("--accept-missing", type=click.IntRange(min=0), metavar="EPOCH", help="Go on without its lost turns.")
+@click.option("--accept-missing", type=ranges.UINT32, metavar="EPOCH", help="Go on without its lost turns.")
 @click.option("--reset-to", metavar="NEW", default="", help="Make this session if the history is lost for good.")
 @click.option("--read-only", is_flag=True, help="Do not take the session over.")
 @click.option("--user", default="", metavar="U", help="The user whose session it must be.")

@@ -10,7 +10,7 @@ import click
 
 from sessiond.cli import connect, exits, output
 from sessiond.cli.export import INCOMPLETE_LIST
-from sessiond.v1 import session_pb2
+from sessiond.v1 import context_pb2, session_pb2
 
 PAGE_SESSIONS = 200
 COLUMNS = ("session", "user", "turns", "tokens", "created", "newest", "state")
@@ -61,5 +61,14 @@ def _row(session: session_pb2.Session) -> tuple[object, ...]:
         session.live_tokens_o200k,
         output.time_text(session.created_at_unix_ms),
         output.time_text(session.last_append_at_unix_ms),
-        "may lack turns" if session.missing else "in the cloud tier" if session.cloud_seq >= session.head.seq else "-",
+        _standing(session),
     )
+
+
+def _standing(session: session_pb2.Session) -> str:
+    if any(lost.reason != context_pb2.MISSING_REASON_OWNER_UNREACHABLE for lost in session.missing):
+        return "may lack turns"
+    if session.missing:
+        # A list asks no other node: what its owner has flushed is shown, and it may have more.
+        return f"as {output.printable(session.owner_node)} flushed it"
+    return "in the cloud tier" if session.cloud_seq >= session.head.seq else "-"

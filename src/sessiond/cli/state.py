@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
-from sessiond.cli import connect, exits, output
+from sessiond.cli import connect, exits, output, ranges
 from sessiond.errors import Invalid
 from sessiond.v1 import context_pb2, state_pb2, turn_pb2
 
@@ -74,7 +74,7 @@ def get(key: str, session: str, user: str, out: str | None, as_json: bool, serve
 @click.argument("key")
 @click.argument("file", metavar="FILE")
 @_scoped
-@click.option("--expected", type=click.IntRange(min=0), metavar="V", help="Only over this version; 0 if there is none.")
+@click.option("--expected", type=ranges.UINT64, metavar="V", help="Only over this version; 0 if there is none.")
 @click.option("--media-type", default="", metavar="T", help="What it is, such as application/json.")
 @click.option("--label", "labels", multiple=True, metavar="NAME=VALUE", help="A label; may be given several times.")
 @_durable
@@ -128,7 +128,7 @@ def put(
 @command.command()
 @click.argument("key")
 @_scoped
-@click.option("--expected", type=click.IntRange(min=1), metavar="V", help="Only this version.")
+@click.option("--expected", type=ranges.UINT64_FROM_1, metavar="V", help="Only this version.")
 @_durable
 @_as_json
 @connect.options
@@ -162,7 +162,7 @@ def delete(
 @_scoped
 @click.option("--prefix", default="", metavar="P", help="Only keys that start with this.")
 @click.option(
-    "--accept-missing", type=click.IntRange(min=0), metavar="EPOCH", help="Go on without what may be missing up to it."
+    "--accept-missing", type=ranges.UINT32, metavar="EPOCH", help="Go on without what may be missing up to it."
 )
 @_as_json
 @connect.options

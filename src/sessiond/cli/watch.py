@@ -7,7 +7,7 @@ import sys
 
 import click
 
-from sessiond.cli import connect, output
+from sessiond.cli import connect, output, ranges
 from sessiond.cli.export import missing_text
 from sessiond.cli.resume import message_text
 from sessiond.v1 import session_pb2, turn_pb2
@@ -15,7 +15,7 @@ from sessiond.v1 import session_pb2, turn_pb2
 
 @click.command()
 @click.argument("session")
-@click.option("--after", type=click.IntRange(min=0), metavar="SEQ", help="Begin behind this turn; 0 for all of them.")
+@click.option("--after", type=ranges.UINT64, metavar="SEQ", help="Begin behind this turn; 0 for all of them.")
 @click.option("--user", default="", metavar="U", help="The user whose session it must be.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object for each turn, one a line.")
 @connect.options
@@ -32,6 +32,8 @@ def command(session: str, after: int | None, user: str, as_json: bool, server: s
             for text in told:
                 if text not in missing:
                     _note(f"missing: {text}")
+            if missing and not told and not event.deleted:
+                _note("nothing is missing any more")
             missing = told
             for turn in event.turns:
                 print(json.dumps(output.plain(turn), ensure_ascii=False) if as_json else _line(turn), flush=True)

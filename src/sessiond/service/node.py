@@ -23,6 +23,7 @@ from sessiond.service.sessions import Sessions
 from sessiond.service.watch import Watches
 from sessiond.tiers.cloud.counting import CountingStore
 from sessiond.tiers.flush import Flushed
+from sessiond.tiers.hot import log
 from sessiond.tiers.hot.rows import (
     PHASE_CLAIMING,
     PHASE_DOUBTED,
@@ -202,11 +203,14 @@ class Node:
         return response
 
     async def release(self, call: Call, request: admin_pb2.ReleaseRequest) -> admin_pb2.ReleaseResponse:
-        """Flush and release named sessions that this node holds; one that it does not hold counts as released."""
+        """Flush and release named sessions that this node holds; one that nobody owns counts as released."""
         response = admin_pb2.ReleaseResponse()
         for session_id in request.session_ids:
             h = rules.session_hash(self._parts.bucket.hash_key, call.tenant, check_session_id(session_id))
             try:
+                if not self._is_held(h):
+                    # Raises where another node owns it, or nobody ever had it.
+                    await self._sessions.get(call, session_pb2.GetSessionRequest(session_id=session_id))
                 done = await asyncio.wrap_future(self._parts.flusher.request(h, release=True))
             except SessiondError as error:
                 response.failures[session_id] = error.reason
@@ -216,6 +220,11 @@ class Node:
             else:
                 response.failures[session_id] = "NOT_OWNER"
         return response
+
+    def _is_held(self, h: bytes) -> bool:
+        with self._parts.hot.read() as transaction:
+            head = log.read_head(transaction, h)
+        return head is not None and head.phase in (PHASE_OWNED, PHASE_RELEASING, PHASE_DOUBTED, PHASE_CLAIMING)
 
     def _held(self) -> tuple[list[bytes], list[bytes]]:
         """(sessions that are to be released, those with acknowledged turns that only a rescue brings elsewhere)."""

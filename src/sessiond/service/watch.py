@@ -261,7 +261,8 @@ class Feed:
         self.h = h
         self.session_id = session_id
         self.tenant = tenant
-        self.user = ""
+        # Whose the session is; None while nobody knows.
+        self.user: str | None = None
         self.watchers: set[Watcher] = set()
         self.view: _View | None = None
         # False while nobody knows where the session is served from; what was told stays told.
@@ -292,6 +293,13 @@ class Feed:
             raise self.ended
         assert self.view is not None
         return self.view
+
+    async def admit(self, user_id: str) -> None:
+        """Let a caller at the session, deleted or not. Raises NotFound if it is not this user's, and as cold does."""
+        if user_id and self.user is None:
+            await self._watches.own.cold(self.h, self.session_id, user_id)
+        elif self.user is not None:
+            check_user(self.session_id, self.user, user_id)
 
     def elsewhere(self) -> Unavailable:
         """The answer to whoever wants this node's own rows or nothing."""
@@ -692,8 +700,12 @@ class Watcher:
         """Find the place to begin at. Raises as next does."""
         feed = self._feed
         while True:
-            view = await feed.ready()
-            check_user(feed.session_id, feed.user, self._user)
+            try:
+                view = await feed.ready()
+            except NotFound:
+                await feed.admit(self._user)
+                raise
+            await feed.admit(self._user)
             if self.rows_only and not view.source.owned:
                 raise feed.elsewhere()
             if self._after is None:

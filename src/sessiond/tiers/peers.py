@@ -65,12 +65,19 @@ class Peers:
     """Looks at other nodes' leases, and fences those that stood still."""
 
     def __init__(
-        self, store: ObjectStore, node: Node, lease_ms: int, clock_ms: Callable[[], int] = boot_clock_ms
+        self,
+        store: ObjectStore,
+        node: Node,
+        lease_ms: int,
+        clock_ms: Callable[[], int] = boot_clock_ms,
+        on_fence: Callable[[Owner], None] = lambda owner: None,
     ) -> None:
+        """on_fence: told, on the calling thread, of each node whose lease this one fenced."""
         self._store = store
         self._node = node
         self._lease_ms = lease_ms
         self._clock_ms = clock_ms
+        self._on_fence = on_fence
         self._seen: dict[str, _Seen] = {}
         self.fenced = 0
 
@@ -137,6 +144,7 @@ class Peers:
         except (PreconditionLost, Ambiguous):
             return SILENT  # the next look tells what stands there
         self.fenced += 1
+        self._on_fence(owner)
         return GONE
 
     def living(self) -> list[Owner]:

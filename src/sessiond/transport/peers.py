@@ -85,7 +85,7 @@ class Credentials:
                 due = signature(self._key, name, bytes.fromhex(incarnation), target, tenant, method, raw)
                 if hmac.compare_digest(due, bytes.fromhex(proof)):
                     return name
-        raise Denied("NODE_UNVERIFIED", f"The call of {method} is not signed by a node of this bucket.")
+        raise Denied("NODE_UNVERIFIED", f"This call ({method or 'no method'}) is not signed by a node of this bucket.")
 
 
 class PeerChannels:

@@ -135,7 +135,8 @@ class SessionServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListSessions(self, request, context):
-        """Lists the sessions of a user, or of the tenant, oldest first.
+        """Lists the sessions of a user, or of the tenant, oldest first. No other node is asked: a session that another one owns
+        is shown as that one flushed it last, with a range of the reason OWNER_UNREACHABLE in `missing`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
