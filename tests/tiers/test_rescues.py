@@ -120,6 +120,36 @@ def test_turns_behind_a_claim_that_failed_come_into_the_log_once_the_store_answe
     assert [turn.turn_id for turn in node.resume().turns] == ["t1", "t2", "t3", "t4"]
 
 
+def fenced_with_nothing(world: World) -> tuple[LiveNode, LiveNode]:
+    """A node that was taken over although the cloud tier had all of it, and knows it; and whoever has the session."""
+    node = talk(world, "first")
+    node.flush()
+    owner = world.node("second", "n2")
+    assert owner.take_over()
+    doubt_all(node.hot)
+    node.flush()
+    assert node.head.phase == PHASE_FENCED
+    assert owner.resume().receipt.rung == context_pb2.RUNG_PARTIAL
+    return node, owner
+
+
+def test_a_fenced_node_that_lacks_nothing_says_so_and_nothing_is_missing(world: World) -> None:
+    node, owner = fenced_with_nothing(world)
+    world.run(rescues(node).offer(world.h))
+    assert owner.resume().receipt.rung == context_pb2.RUNG_HOT
+    assert not node.proofs()
+    assert not world.manifest.loss
+
+
+def test_only_the_hot_tier_that_owned_the_epoch_says_that_nothing_is_missing(world: World) -> None:
+    _, owner = fenced_with_nothing(world)
+    for epoch, head_seq, incarnation in ((1, 2, bytes(16)), (1, 3, world.nodes[0].node.incarnation), (2, 2, bytes(16))):
+        request = node_pb2.RescueRequest(session_hash=world.h, epoch=epoch, head_seq=head_seq)
+        request.from_incarnation = incarnation
+        world.run(rescues(owner).apply(request))
+        assert owner.resume().receipt.rung == context_pb2.RUNG_PARTIAL
+
+
 def test_a_call_that_comes_before_the_rescue_finds_the_turns_in_the_log(world: World) -> None:
     node = fenced(world)
     node.sessions.ownership.on_reclaimed = rescues(node).reclaimed

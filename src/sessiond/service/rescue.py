@@ -141,9 +141,7 @@ class Rescues:
         if head is None or not (head.phase == PHASE_FENCED or is_stranded(head)):
             return
         blobs = await self._own.off_loop(self._parts.claims.put_fenced_blobs, h)
-        if head.head_seq <= head.cloud_seq and blobs is None:
-            await self._drop(h, head)
-            return
+        lacks_nothing = head.head_seq <= head.cloud_seq and blobs is None
         orphan = await self._own.off_loop(self._parts.claims.put_orphan, h)
         if orphan is None and head.head_seq > head.cloud_seq:
             return  # changed meanwhile, or more than one object holds: kept on the node, and verify says so
@@ -155,6 +153,12 @@ class Rescues:
             self.outcomes["DELETED"] += 1
             return
         request = node_pb2.RescueRequest(session_hash=h, epoch=head.epoch)
+        if lacks_nothing:
+            if not any(row[0] == head.epoch for row in cold.manifest.loss):
+                await self._drop(h, head)
+                return
+            # Whoever took the session could not know that nothing was lost with it.
+            request.from_incarnation, request.head_seq = self._parts.node.incarnation, head.head_seq
         if orphan is not None:
             name, _, first, last, sha256 = orphan
             request.orphan, request.sha256 = str(name), bytes(sha256)
@@ -176,7 +180,7 @@ class Rescues:
                 call = Call(cold.manifest.tenant, None, forwarded=True, unreachable=there)
         # Nobody owns it, or whoever does is gone: it is taken, over the rows that are in the orphan now.
         await self._own.take(call, h, session, user, drains=False)
-        if blobs is None and not self._is_listed(h, request.orphan):
+        if request.orphan and blobs is None and not self._is_listed(h, request.orphan):
             return  # brought into the log with the claim
         self._count((await self.apply(request)).outcome)
 
@@ -227,6 +231,8 @@ class Rescues:
         h = bytes(request.session_hash)
         await self._own.settle_doubt(h)
         taken = await self._apply_blobs(h, request) if request.blobs else False
+        if request.from_incarnation:
+            await self._hot.run(partial(_nothing_lost, h=h, request=request, now_ms=self._parts.clock_ms()))
         if not request.orphan:
             await asyncio.wrap_future(self._parts.flusher.request(h))
             return node_pb2.RescueResponse(outcome=APPLIED if taken else KNOWN)
@@ -318,6 +324,21 @@ class Rescues:
         head.changes += 1
         transaction.put("manifests", h, encode_committed(h, manifest))
         log.write_head(transaction, h, head, self._parts.clock_ms())
+
+
+def _nothing_lost(transaction: Transaction, h: bytes, request: node_pb2.RescueRequest, now_ms: int) -> None:
+    """Forget a loss where the hot tier that owned the epoch says that there was none. Raises Unavailable NOT_OWNER."""
+    head = log.read_head(transaction, h)
+    if head is None or head.phase != PHASE_OWNED:
+        raise Unavailable("NOT_OWNER", f"This node does not own session {h.hex()} now.", {"hash": h.hex()})
+    epochs = decode_committed(h, transaction.get("manifests", h)).epochs
+    if [request.epoch, request.from_incarnation] not in [[row[0], bytes(row[1])] for row in epochs]:
+        return
+    kept = [row for row in head.loss if row[0] != request.epoch or row[1] < request.head_seq]
+    if kept != head.loss:
+        head.loss = kept
+        head.changes += 1
+        log.write_head(transaction, h, head, now_ms)
 
 
 def _is_known(entries: bytes, h: bytes, turn: PreparedTurn) -> bool:

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from sessiond.v1 import turn_pb2 as sessiond_dot_v1_dot_turn__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16sessiond/v1/node.proto\x12\x0bsessiond.v1\x1a\x16sessiond/v1/turn.proto\"i\n\x0e\x46orwardRequest\x12\x0e\n\x06method\x18\x01 \x01(\t\x12\x0f\n\x07request\x18\x02 \x01(\x0c\x12\x0e\n\x06tenant\x18\x03 \x01(\t\x12\x13\n\x0bincarnation\x18\x04 \x01(\x0c\x12\x11\n\tfrom_node\x18\x05 \x01(\t\"C\n\x0f\x46orwardResponse\x12\r\n\x05reply\x18\x01 \x01(\x0c\x12\x0e\n\x06status\x18\x02 \x01(\x0c\x12\x11\n\tnot_owner\x18\x03 \x01(\x08\"@\n\x13\x46orwardWatchRequest\x12)\n\x04\x63\x61ll\x18\x01 \x01(\x0b\x32\x1b.sessiond.v1.ForwardRequest\"C\n\x14\x46orwardWatchResponse\x12+\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x1c.sessiond.v1.ForwardResponse\"\x9e\x01\n\rRescueRequest\x12\x14\n\x0csession_hash\x18\x01 \x01(\x0c\x12\x0e\n\x06orphan\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\r\x12$\n\x05turns\x18\x04 \x01(\x0b\x32\x15.sessiond.v1.SeqRange\x12\x0e\n\x06sha256\x18\x05 \x01(\x0c\x12\x13\n\x0bincarnation\x18\x06 \x01(\x0c\x12\r\n\x05\x62lobs\x18\x07 \x01(\x0c\"=\n\x0eRescueResponse\x12+\n\x07outcome\x18\x01 \x01(\x0e\x32\x1a.sessiond.v1.RescueOutcome*\x9c\x01\n\rRescueOutcome\x12\x1e\n\x1aRESCUE_OUTCOME_UNSPECIFIED\x10\x00\x12\x1a\n\x16RESCUE_OUTCOME_APPLIED\x10\x01\x12\x18\n\x14RESCUE_OUTCOME_KNOWN\x10\x02\x12\x19\n\x15RESCUE_OUTCOME_LISTED\x10\x03\x12\x1a\n\x16RESCUE_OUTCOME_DELETED\x10\x04\x32\xed\x01\n\x0bNodeService\x12\x44\n\x07\x46orward\x12\x1b.sessiond.v1.ForwardRequest\x1a\x1c.sessiond.v1.ForwardResponse\x12U\n\x0c\x46orwardWatch\x12 .sessiond.v1.ForwardWatchRequest\x1a!.sessiond.v1.ForwardWatchResponse0\x01\x12\x41\n\x06Rescue\x12\x1a.sessiond.v1.RescueRequest\x1a\x1b.sessiond.v1.RescueResponseBN\n\x0eio.sessiond.v1P\x01Z:github.com/sessiond/sessiond/gen/go/sessiond/v1;sessiondv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16sessiond/v1/node.proto\x12\x0bsessiond.v1\x1a\x16sessiond/v1/turn.proto\"i\n\x0e\x46orwardRequest\x12\x0e\n\x06method\x18\x01 \x01(\t\x12\x0f\n\x07request\x18\x02 \x01(\x0c\x12\x0e\n\x06tenant\x18\x03 \x01(\t\x12\x13\n\x0bincarnation\x18\x04 \x01(\x0c\x12\x11\n\tfrom_node\x18\x05 \x01(\t\"C\n\x0f\x46orwardResponse\x12\r\n\x05reply\x18\x01 \x01(\x0c\x12\x0e\n\x06status\x18\x02 \x01(\x0c\x12\x11\n\tnot_owner\x18\x03 \x01(\x08\"@\n\x13\x46orwardWatchRequest\x12)\n\x04\x63\x61ll\x18\x01 \x01(\x0b\x32\x1b.sessiond.v1.ForwardRequest\"C\n\x14\x46orwardWatchResponse\x12+\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x1c.sessiond.v1.ForwardResponse\"\xca\x01\n\rRescueRequest\x12\x14\n\x0csession_hash\x18\x01 \x01(\x0c\x12\x0e\n\x06orphan\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\r\x12$\n\x05turns\x18\x04 \x01(\x0b\x32\x15.sessiond.v1.SeqRange\x12\x0e\n\x06sha256\x18\x05 \x01(\x0c\x12\x13\n\x0bincarnation\x18\x06 \x01(\x0c\x12\r\n\x05\x62lobs\x18\x07 \x01(\x0c\x12\x18\n\x10\x66rom_incarnation\x18\x08 \x01(\x0c\x12\x10\n\x08head_seq\x18\t \x01(\x04\"=\n\x0eRescueResponse\x12+\n\x07outcome\x18\x01 \x01(\x0e\x32\x1a.sessiond.v1.RescueOutcome*\x9c\x01\n\rRescueOutcome\x12\x1e\n\x1aRESCUE_OUTCOME_UNSPECIFIED\x10\x00\x12\x1a\n\x16RESCUE_OUTCOME_APPLIED\x10\x01\x12\x18\n\x14RESCUE_OUTCOME_KNOWN\x10\x02\x12\x19\n\x15RESCUE_OUTCOME_LISTED\x10\x03\x12\x1a\n\x16RESCUE_OUTCOME_DELETED\x10\x04\x32\xed\x01\n\x0bNodeService\x12\x44\n\x07\x46orward\x12\x1b.sessiond.v1.ForwardRequest\x1a\x1c.sessiond.v1.ForwardResponse\x12U\n\x0c\x46orwardWatch\x12 .sessiond.v1.ForwardWatchRequest\x1a!.sessiond.v1.ForwardWatchResponse0\x01\x12\x41\n\x06Rescue\x12\x1a.sessiond.v1.RescueRequest\x1a\x1b.sessiond.v1.RescueResponseBN\n\x0eio.sessiond.v1P\x01Z:github.com/sessiond/sessiond/gen/go/sessiond/v1;sessiondv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,8 +33,8 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'sessiond.v1.node_pb2', _glo
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\016io.sessiond.v1P\001Z:github.com/sessiond/sessiond/gen/go/sessiond/v1;sessiondv1'
-  _globals['_RESCUEOUTCOME']._serialized_start=599
-  _globals['_RESCUEOUTCOME']._serialized_end=755
+  _globals['_RESCUEOUTCOME']._serialized_start=643
+  _globals['_RESCUEOUTCOME']._serialized_end=799
   _globals['_FORWARDREQUEST']._serialized_start=63
   _globals['_FORWARDREQUEST']._serialized_end=168
   _globals['_FORWARDRESPONSE']._serialized_start=170
@@ -44,9 +44,9 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FORWARDWATCHRESPONSE']._serialized_start=305
   _globals['_FORWARDWATCHRESPONSE']._serialized_end=372
   _globals['_RESCUEREQUEST']._serialized_start=375
-  _globals['_RESCUEREQUEST']._serialized_end=533
-  _globals['_RESCUERESPONSE']._serialized_start=535
-  _globals['_RESCUERESPONSE']._serialized_end=596
-  _globals['_NODESERVICE']._serialized_start=758
-  _globals['_NODESERVICE']._serialized_end=995
+  _globals['_RESCUEREQUEST']._serialized_end=577
+  _globals['_RESCUERESPONSE']._serialized_start=579
+  _globals['_RESCUERESPONSE']._serialized_end=640
+  _globals['_NODESERVICE']._serialized_start=802
+  _globals['_NODESERVICE']._serialized_end=1039
 # @@protoc_insertion_point(module_scope)

@@ -57,7 +57,7 @@ class ForwardWatchResponse(_message.Message):
     def __init__(self, event: _Optional[_Union[ForwardResponse, _Mapping]] = ...) -> None: ...
 
 class RescueRequest(_message.Message):
-    __slots__ = ("session_hash", "orphan", "epoch", "turns", "sha256", "incarnation", "blobs")
+    __slots__ = ("session_hash", "orphan", "epoch", "turns", "sha256", "incarnation", "blobs", "from_incarnation", "head_seq")
     SESSION_HASH_FIELD_NUMBER: _ClassVar[int]
     ORPHAN_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -65,6 +65,8 @@ class RescueRequest(_message.Message):
     SHA256_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     BLOBS_FIELD_NUMBER: _ClassVar[int]
+    FROM_INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    HEAD_SEQ_FIELD_NUMBER: _ClassVar[int]
     session_hash: bytes
     orphan: str
     epoch: int
@@ -72,7 +74,9 @@ class RescueRequest(_message.Message):
     sha256: bytes
     incarnation: bytes
     blobs: bytes
-    def __init__(self, session_hash: _Optional[bytes] = ..., orphan: _Optional[str] = ..., epoch: _Optional[int] = ..., turns: _Optional[_Union[_turn_pb2.SeqRange, _Mapping]] = ..., sha256: _Optional[bytes] = ..., incarnation: _Optional[bytes] = ..., blobs: _Optional[bytes] = ...) -> None: ...
+    from_incarnation: bytes
+    head_seq: int
+    def __init__(self, session_hash: _Optional[bytes] = ..., orphan: _Optional[str] = ..., epoch: _Optional[int] = ..., turns: _Optional[_Union[_turn_pb2.SeqRange, _Mapping]] = ..., sha256: _Optional[bytes] = ..., incarnation: _Optional[bytes] = ..., blobs: _Optional[bytes] = ..., from_incarnation: _Optional[bytes] = ..., head_seq: _Optional[int] = ...) -> None: ...
 
 class RescueResponse(_message.Message):
     __slots__ = ("outcome",)
