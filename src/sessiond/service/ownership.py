@@ -215,8 +215,8 @@ class Ownership:
     async def cold(self, h: bytes, session_id: str, user_id: str) -> Cold:
         """The cloud tier's copy of a session that is not hot here. Raises NotFound, Unavailable, Corrupt."""
         head = self.peek(h)
-        if head is not None and head.phase == PHASE_RELEASING and not self.draining:
-            # A release that was cut short: finish it, then take the session like any other.
+        if head is not None and head.phase == PHASE_RELEASING:
+            # A release that was cut short, or that a drain waits for: until it is done, only the rows here have it all.
             await asyncio.wrap_future(self._parts.flusher.request(h, release=True))
         cold = await self.load(h)
         if cold is None:
