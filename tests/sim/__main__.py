@@ -34,13 +34,17 @@ def main() -> int:
     if arguments.seeds is None:
         parser.error("one of --seed, --seeds and --torture is needed")
     first, count = arguments.seeds
-    began_s, bad = time.process_time(), 0
+    began_s, bad, acks, steals = time.process_time(), 0, 0, 0
     for seed in range(first, first + count):
         result = run_seed(seed, arguments.nodes)
+        acks, steals = acks + result.acks, steals + result.steals
         if result.violations:
             bad += 1
             report(result)
-    print(f"{count} seeds, {bad} with violations, {(time.process_time() - began_s) / count:.3f} s of a core each")
+    print(
+        f"{count} seeds, {bad} with violations, {(time.process_time() - began_s) / count:.3f} s of a core each;"
+        f" {acks} appends acknowledged, {steals} sessions taken from an owner"
+    )
     return bool(bad)
 
 
@@ -78,7 +82,7 @@ def torture(state: Path | None, minutes: float, nodes: int | None) -> int:
 def report(result: Result) -> None:
     print(
         f"seed {result.seed}: digest {result.digest}, {result.events} events, {result.virtual_s:.1f} s,"
-        f" {result.acks} acks, {result.confirmed} confirmed replies, faults: {len(result.faults)}"
+        f" {result.acks} acks, {result.confirmed} confirmed, {result.steals} steals, {len(result.faults)} faults"
     )
     for invariant, what in result.violations:
         print(f"  {invariant}: {what}")

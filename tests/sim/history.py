@@ -6,6 +6,7 @@ compared by walking back from their heads. What can be read off the tiers is hel
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -129,7 +130,9 @@ class History:
         self._lost: set[str] = set()
         # Disks in whose place a copy was put: the disk that it is on, and when it was taken.
         self._restored: dict[str, tuple[str, int]] = {}
-        self.acks = self.reads = self.confirmed = 0
+        self.acks = self.reads = self.confirmed = self.steals = 0
+        # Called with a node's name, and who fenced it.
+        self.fenced: Callable[[str, Host], None] = lambda name, by: None
         # Objects that came back after their session had ended, by a write that was on its way all along.
         self.stragglers: set[str] = set()
 
@@ -177,6 +180,9 @@ class History:
         kind = key[:2]
         if kind == "m/":
             self._manifest(host, key, body)
+        elif kind == "n/":
+            if b"fenced" in body:
+                self.fenced(key[2:], host)
         elif kind in ("s/", "o/", "u/", "x/"):
             name = key[2:34] if kind in ("s/", "o/") else key[-32:]
             told = self._by_hash.get(bytes.fromhex(name))
@@ -204,6 +210,7 @@ class History:
         if owner != writer:
             self.broken("I5", f"{what} as another incarnation than the epoch's first")
         if before is not None:
+            self.steals += manifest.epoch > before.epoch and before.owner is not None
             if manifest.epoch < before.epoch:
                 self.broken("I5", f"{what} over epoch {before.epoch}")
             if manifest.mutation <= before.mutation:
@@ -357,8 +364,8 @@ class History:
                         continue
                     if any(first <= seq and at >= epoch for at, first, _ in op.missing):
                         continue
-                    if op.highest is not None and ack.device != op.device:
-                        continue  # a caller is told of what it knows itself
+                    if op.highest is not None and (ack.device != op.device or not op.highest[2]):
+                        continue  # a caller is told of what it knows itself, and without a chain it knows little
                     if any(other.sent_us < op.done_us and (other.accepts or 0) >= epoch for other in accepted):
                         continue
                     if any(

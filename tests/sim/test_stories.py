@@ -11,6 +11,7 @@ import pytest
 
 from sessiond.core import rules
 from sessiond.tiers.cloud.bucket import open_bucket
+from sessiond.v1 import session_pb2, turn_pb2
 from tests.sim.devices import Device
 from tests.sim.node import TENANT
 from tests.sim.schedule import Trace
@@ -105,3 +106,25 @@ def test_a_node_that_stood_still_changes_nothing_and_its_turns_come_back(story: 
     assert story.tell(plot) == []
     names = [turn.turn_id for turn in story.world.history.sessions["s0"].known.values()]
     assert names, "nothing was written, so nothing was tested"
+
+
+def test_a_node_that_drains_and_cannot_flush_never_answers_without_its_own_turns(story: Story) -> None:
+    first, second = story.device("a", "n1"), story.device("b", "n1")
+    request = session_pb2.AppendTurnRequest(session_id="s0", durability=turn_pb2.DURABILITY_EDGE)
+
+    async def plot() -> None:
+        world = story.world
+        assert await first.create()
+        request.turns.append(first.turn())
+        assert await first.send(request, 5.0)
+        # The bucket takes no writes, and the drain begins.
+        world.weather.outage["n1"] = ("unwritable", "m/")
+        world.drain("n1")
+        await first.sleep(0.5)
+        for _ in range(4):
+            await second.resume(1.0)
+        del world.weather.outage["n1"]
+
+    assert story.tell(plot) == []
+    answered = [op for op in story.world.history.sessions["s0"].ops if op.kind == "resume"]
+    assert len(answered) == 4

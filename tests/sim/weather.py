@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 MS = 1000
@@ -62,8 +63,11 @@ class Weather:
     calm: bool = False
     cut: set[tuple[str, str]] = field(default_factory=set)
     # Hosts whose requests about such keys the store refuses: (how, prefix of the keys). `deaf`: it carries them out and
-    # does not answer.
+    # does not answer. `unwritable`: it only reads.
     outage: dict[str, tuple[str, str]] = field(default_factory=dict)
+    # Hosts whose requests to the store take long, until when.
+    slow: dict[str, int] = field(default_factory=dict)
+    now_us: Callable[[], int] = lambda: 0
 
     @classmethod
     def of(cls, rng: random.Random) -> Weather:
@@ -103,11 +107,15 @@ class Weather:
     def store(self, host: str, key: str, writes: bool) -> StorePlan:
         """What becomes of a host's next request to the store."""
         there, back = self._delay(self.store_us // 2), self._delay(self.store_us // 2)
+        if self.slow.get(host, 0) > self.now_us():
+            there *= 1 + int(self.rng.random() * 100)
         if (host, "store") in self.cut:
             return StorePlan(None, None)
         if ("store", host) in self.cut:
             return StorePlan(there, None)
         how, prefix = self.outage.get(host, ("", ""))
+        if how == "unwritable" and not writes:
+            how = ""
         if how and key.startswith(prefix):
             return StorePlan(there, None) if how == "deaf" else StorePlan(None, back, how)
         if self.calm:

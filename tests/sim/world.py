@@ -83,10 +83,10 @@ class Knobs:
 
     @classmethod
     def of(cls, rng: random.Random, nodes: int | None) -> Knobs:
-        lease_ms = rng.choice((500, 1000, 4000))
+        lease_ms = rng.choice((300, 500, 500, 1000, 3000))
         sessions = [f"s{number}" for number in range(rng.choice((1, 1, 2, 3)))]
         knobs = cls(
-            nodes=nodes or rng.choice((1, 2, 2, 3, 3)),
+            nodes=nodes or rng.choice((1, 2, 2, 2, 3, 3)),
             lease_ms=lease_ms,
             flush_interval_ms=rng.choice((200, 1000, 5000)),
             flush_threads=rng.choice((1, 4)),
@@ -101,7 +101,7 @@ class Knobs:
             deletes=rng.random() < 0.3,
             sessions=sessions,
             devices=rng.choice((1, 2, 2)),
-            actions=rng.choice((6, 12, 18)),
+            actions=rng.choice((8, 16, 24)),
             faults_us=rng.choice((8, 15, 30)) * SECOND,
             inline_bytes=rng.choice((400, 1500, 65_536)),
             merge_min=rng.choice((3, 32)),
@@ -127,6 +127,7 @@ class Result:
     virtual_s: float
     acks: int
     confirmed: int
+    steals: int
     faults: list[str]
 
     @property
@@ -148,11 +149,13 @@ class World:
         knobs_rng = random.Random(f"{seed} knobs")
         self.knobs = Knobs.of(knobs_rng, nodes)
         self.weather = Weather.of(random.Random(f"{seed} weather"))
+        self.weather.now_us = lambda: self.schedule.now_us
         self.history = History(self.schedule)
         self.region = Region(
             self.schedule, self.weather, knobs_rng.random() < 0.5, knobs_rng.random() < 0.5, {}, self.history
         )
         self.direct = Direct(self.region)
+        self.history.fenced = self.fenced
         self._disks = 0
         self.processes: dict[int, SimDaemon] = {}
         self.clients = Host(self.schedule, "clients")
@@ -266,6 +269,7 @@ class World:
             self.cut,
             self.cut,
             self.outage,
+            self.outage,
             self.jump,
             self.lose_disk,
             self.copy,
@@ -275,7 +279,7 @@ class World:
             self.release,
             self.replace,
         ]
-        for _ in range(rng.choice((0, 1, 2, 4, 6, 9))):
+        for _ in range(rng.choice((0, 2, 4, 6, 9, 12))):
             kind, name = rng.choice(kinds), rng.choice(self.machine_names)
             at_us = 2 * SECOND + int(rng.random() * end_us)
             self.schedule.at(at_us, lambda kind=kind, name=name: self._befall(kind, name))  # type: ignore[misc]
@@ -290,7 +294,7 @@ class World:
 
     def _pause_us(self) -> int:
         """How long something lasts: from an instant to many leases."""
-        return int(self.knobs.lease_ms * 1000 * self.chaos.choice((0.2, 0.8, 2, 4, 8)) * (0.5 + self.chaos.random()))
+        return int(self.knobs.lease_ms * 1000 * self.chaos.choice((0.2, 0.8, 2, 4, 4, 8)) * (0.5 + self.chaos.random()))
 
     def _restart(self, name: str, after_us: int) -> None:
         machine = self.machines[name]
@@ -319,6 +323,22 @@ class World:
             self.schedule.note("fault", f"{daemon.host.name}: thaw")
             daemon.host.thaw()
 
+    def fenced(self, name: str, by: Host) -> None:
+        """Another node took this one for gone. Just now is when it may come back, and when the other may be slow."""
+        daemon = self.machines[name].daemon if name in self.machines else None
+        if self.weather.calm or daemon is None or daemon.host is by:
+            return
+        if self.chaos.random() < 0.5:
+            self.weather.slow[by.name] = self.schedule.now_us + int(self.knobs.lease_ms * 1000 * self.chaos.random())
+        if daemon.host.frozen and self.chaos.random() < 0.6:
+            self.schedule.after(int(self.chaos.random() * self.knobs.lease_ms * 500), lambda: self._thaw(daemon))
+        elif self.chaos.random() < 0.6:
+            links = {(name, "store"), ("store", name)}
+            self.schedule.after(
+                int(self.chaos.random() * self.knobs.lease_ms * 500),
+                lambda: self.weather.cut.difference_update(links),
+            )
+
     def cut(self, name: str) -> str:
         others = ["store", "store", "clients", *(other for other in self.machine_names if other != name)]
         other = self.chaos.choice(others)
@@ -330,7 +350,7 @@ class World:
 
     def outage(self, name: str) -> str:
         hosts = self.chaos.choice(([name], self.machine_names))
-        how = self.chaos.choice(("failed", "failed", "unsent", "deaf"))
+        how = self.chaos.choice(("failed", "failed", "unsent", "deaf", "deaf"))
         # A store may be in order but for some of its keys.
         prefix = self.chaos.choice(("", "", "m/", "m/", "s/", "n/"))
         after_us = self._pause_us()
@@ -441,6 +461,7 @@ class World:
             self.schedule.now_us / 1e6,
             self.history.acks,
             self.history.confirmed,
+            self.history.steals,
             self.faults,
         )
 
@@ -496,6 +517,7 @@ class World:
         self.weather.calm = True
         self.weather.cut.clear()
         self.weather.outage.clear()
+        self.weather.slow.clear()
         for daemon in self.zombies:
             self._thaw(daemon)
             self.schedule.after(3 * self.knobs.lease_ms * 1000, lambda daemon=daemon: self.ended(daemon))  # type: ignore[misc]
@@ -518,6 +540,7 @@ class World:
             refusal = told.ops[-1].reason
             if not done and refusal == "" and told.ops[-1].kind == "conflict":
                 done = await device.append(patience_s)
+                refusal = told.ops[-1].reason
             ended = refusal in ("SESSION_DELETED", "SESSION_ARCHIVED")
             excused = (ended and (told.expires or self.knobs.deletes)) or refusal == "EXPECTED_MISMATCH"
             if not done and not excused:
