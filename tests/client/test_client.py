@@ -900,6 +900,7 @@ def test_the_examples_of_the_guide_run_one_after_the_other(
     assert said[2].startswith("4 ")
     assert said[3] == "[1, 2, 3, 4]"
     assert said[4].startswith("SESSION_NOT_FOUND {'session_id': 'no-such-session'}")
+    assert said[5] == "Lisbon, Porto"
 
 
 # sessiond.testing ------------------------------------------------------------------------------------------------
