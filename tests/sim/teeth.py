@@ -218,8 +218,8 @@ BY_HAND = [
     Plant(
         "an orphan is dropped instead of offered",
         Place(RESCUE + "Rescues.offer"),
-        "if head.head_seq <= head.cloud_seq and blobs is None:",
-        "if True:",
+        "if orphan is None and head.head_seq > head.cloud_seq:",
+        "if await self._drop(h, head) is None:",
     ),
     Plant(
         "a rescue is applied over turns that are known",
