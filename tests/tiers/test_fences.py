@@ -1,0 +1,95 @@
+"""A node that was taken for gone: what it owned is doubted before it holds its lease again, and settled by writes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sessiond.core import envelope
+from sessiond.daemon import doubt_all, take_node
+from sessiond.tiers.cloud.bucket import lease_key
+from sessiond.tiers.cloud.lease import Lease, fenced_body
+from sessiond.tiers.hot.rows import PHASE_DOUBTED, PHASE_OWNED
+from tests.tiers.test_commits import LiveNode, World, assistant, fenced, talk, user
+from tests.tiers.test_rescues import rescues
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    made = World(tmp_path)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def lease_of(node: LiveNode, **more: Any) -> Lease:
+    return Lease(node.world.store, "n1", node.node.incarnation, "here", 1000, lambda: None, **more)
+
+
+def holder(world: World) -> dict[str, Any]:
+    return envelope.unseal(world.store.get(lease_key("n1")).body, envelope.KIND_LEASE, lease_key("n1"))[0]
+
+
+def fence(world: World) -> None:
+    """What another node writes over a lease that stood still."""
+    found = world.store.get(lease_key("n1"))
+    before = holder(world)
+    body = fenced_body(before, "n1", before["incarnation"], "n2", bytes(16))
+    world.store.put(lease_key("n1"), body, if_match=found.etag)
+
+
+def test_a_start_after_a_fence_believes_no_row_and_one_without_believes_all(world: World) -> None:
+    node = talk(world)
+    take_node(lease_of(node), node.hot, node.hot.opened_at)
+    node.flush()  # nobody held the name before, so that its rows were looked up
+    take_node(lease_of(node), node.hot, node.hot.opened_at)
+    assert node.head.phase == PHASE_OWNED
+    fence(world)
+    take_node(lease_of(node), node.hot, node.hot.opened_at)
+    assert node.head.phase == PHASE_DOUBTED
+
+
+def test_what_was_owned_is_doubted_before_the_lease_is_held_again(world: World) -> None:
+    node = talk(world)
+    seen: list[bool] = []
+
+    def doubted() -> None:
+        seen.append(bool(holder(world).get("fenced")) and not lease.is_valid())
+        doubt_all(node.hot)
+
+    lease = lease_of(node, on_fenced=doubted)
+    take_node(lease, node.hot, node.hot.opened_at)
+    tenure = lease.tenure
+    fence(world)
+    assert lease.renew()
+    assert seen == [True]
+    assert node.head.phase == PHASE_DOUBTED
+    assert lease.is_valid()
+    # What began before, and what began between the fence and the new lease, are both of another tenure.
+    assert (lease.fences, lease.tenure) == (1, tenure + 2)
+
+
+def test_a_doubt_is_settled_by_a_write_and_never_by_a_read(world: World) -> None:
+    node = talk(world)
+    node.flush()
+    doubt_all(node.hot)
+    before = world.manifest
+    world.run(node.sessions.ownership.settle_doubt(world.h))
+    assert node.head.phase == PHASE_OWNED
+    # Whoever read the manifest while the node was taken for gone can't write over it any more.
+    assert world.manifest.mutation == before.mutation + 1
+    assert world.manifest.epoch == before.epoch
+
+
+def test_turns_that_their_sender_appended_again_are_neither_applied_twice_nor_listed(world: World) -> None:
+    node = fenced(world)
+    owner = world.node("third", "n3")
+    owner.append(user("t3"), assistant("t4"))
+    world.run(rescues(node).offer(world.h))
+    assert [turn.turn_id for turn in owner.resume().turns] == ["t1", "t2", "t3", "t4"]
+    assert not world.manifest.orphans
+    assert not node.proofs()
