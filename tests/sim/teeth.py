@@ -532,13 +532,16 @@ def write(verdicts: list[Verdict], by_hand: int) -> None:
         "# Planted bugs, and the seeds that catch them",
         "",
         "Written by `python -m tests.sim.teeth`; do not edit. Each bug is planted alone; seeds run until one breaks.",
-        f"{len(caught)} of {len(verdicts)} are caught, within {SEEDS_MAX} seeds each.",
+        f"{len(caught)} of {len(verdicts)} are caught, within {SEEDS_MAX} seeds each at most.",
     ]
     for title, part in (("By hand", verdicts[:by_hand]), ("By rule", verdicts[by_hand:])):
         lines += ["", f"## {title}", "", "| bug | seed | by | what it said |", "|---|---|---|---|"]
         for verdict in part:
             if verdict.seed is None:
                 why = SURVIVORS.get(verdict.name, "not explained yet")
+                if not verdict.seeds:
+                    lines.append(f"| {cell(verdict.name)} | not run | | |")
+                    continue
                 lines.append(f"| {cell(verdict.name)} | none of {verdict.seeds} | | survives: {cell(why)} |")
             else:
                 lines.append(f"| {cell(verdict.name)} | {verdict.seed} | {verdict.by} | {cell(verdict.what)} |")
