@@ -26,6 +26,8 @@ SURVIVORS: dict[str, str] = {
     "and for or in Ownership.standing: `self._parts.lease.is_valid() and tenure == self._parts.lease.tenure`": _RARE,
     "segments are deleted after a commit whose outcome is unknown": _OPEN,
     "a fence whose outcome is unknown counts": _OPEN,
-    "a hint is trusted for ever": "whoever is asked in vain says so, and the next attempt reads the manifest: slower only",
+    "a hint is trusted for ever": (
+        "whoever is asked in vain says so, and the next attempt reads the manifest: slower only"
+    ),
     "an old copy of the disk is taken for the newest": _OPEN,
 }
