@@ -727,7 +727,7 @@ class Sessions:
             if error.reason != "EXPECTED_MISMATCH" or request.conflict_mode != session_pb2.CONFLICT_MODE_RETURN_TAIL:
                 raise
             assert expected is not None
-            return None, await self._conflict(h, self._shared_seq(h, expected))
+            return None, await self._conflict(h, request.session_id, self._shared_seq(h, expected))
         head = done.head
         if max(request.durability, head.min_durability) >= DURABILITY_CLOUD:
             await self._reach(call, h, done)
@@ -855,9 +855,14 @@ class Sessions:
             epochs = decode_committed(h, value).epochs if value is not None and epoch else []
         return min([seq, *(int(row[2]) - 1 for row in epochs if row[0] > epoch)])
 
-    async def _conflict(self, h: bytes, after_seq: int) -> session_pb2.AppendTurnResponse:
+    async def _conflict(self, h: bytes, session_id: str, after_seq: int) -> session_pb2.AppendTurnResponse:
         tenure = self._own.tenure()
-        frames, reached, head = await self._read_turns(h, after_seq + 1, 0, CONFLICT_TAIL_BYTES_MAX, TURNS_PAGE_MAX)
+        try:
+            frames, reached, head = await self._read_turns(h, after_seq + 1, 0, CONFLICT_TAIL_BYTES_MAX, TURNS_PAGE_MAX)
+        except NotFound:
+            # It was here when the append was refused, and went between the two.
+            what = f"Session {session_id!r} is changing hands."
+            raise Unavailable("NOT_OWNER", what, {"session_id": session_id}, retry_after_ms=100) from None
         conflict = session_pb2.AppendConflict.FromString(frames)
         state = states.decode(head.state)
         conflict.head.CopyFrom(contexts.head_position(state))
