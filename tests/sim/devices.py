@@ -29,7 +29,7 @@ class Device:
         self.rng = world.rng
         self.number = 0
         self.home = world.rng.choice(world.machine_names)
-        self.faithful = world.rng.choice((1.0, 0.8, 0.3))
+        self.faithful = world.rng.choice((1.0, 0.7, 0.4))
         self.highest: turn_pb2.TurnPosition | None = None
         self.head: turn_pb2.TurnPosition | None = None
         self.missing: list[Any] = []
@@ -74,8 +74,10 @@ class Device:
     async def live(self, first: bool, actions: int) -> None:
         if first:
             await self.create()
+        # In bursts, and until what goes wrong is over: somebody has to see it.
+        usual_s = self.world.knobs.faults_us / 1e6 / actions
         for _ in range(actions):
-            await self.sleep(self.rng.choice((0.001, 0.05, 0.3, 1.0, 3.0)) * (0.5 + self.rng.random()))
+            await self.sleep(usual_s * self.rng.choice((0.01, 0.05, 0.5, 1, 3)) * (0.5 + self.rng.random()))
             await self.act()
 
     async def act(self) -> None:

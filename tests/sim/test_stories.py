@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator
@@ -11,7 +12,7 @@ import pytest
 
 from sessiond.core import rules
 from sessiond.tiers.cloud.bucket import open_bucket
-from sessiond.v1 import session_pb2, turn_pb2
+from sessiond.v1 import admin_pb2, session_pb2, turn_pb2
 from tests.sim.devices import Device
 from tests.sim.node import TENANT
 from tests.sim.schedule import Trace
@@ -128,3 +129,24 @@ def test_a_node_that_drains_and_cannot_flush_never_answers_without_its_own_turns
     assert story.tell(plot) == []
     answered = [op for op in story.world.history.sessions["s0"].ops if op.kind == "resume"]
     assert len(answered) == 4
+
+
+def test_a_conflict_with_a_session_on_its_way_out_is_never_told_as_no_such_session(story: Story) -> None:
+    first, second = story.device("a", "n1"), story.device("b", "n1")
+    story.world.knobs.group_max, story.world.knobs.fsync_us = 64, 30_000
+    request = session_pb2.AppendTurnRequest(session_id="s0", conflict_mode=session_pb2.CONFLICT_MODE_RETURN_TAIL)
+    request.expected.seq = 77
+    release = admin_pb2.ReleaseRequest(session_ids=["s0"])
+
+    async def plot() -> None:
+        world = story.world
+        assert await first.create()
+        assert await first.append()
+        request.turns.append(second.turn())
+        for _ in range(20):
+            # Both may be in one commit: the append is refused, and behind it the release begins.
+            await asyncio.gather(second.send(request, 5.0), world.call("n1", "Release", release, 5.0))
+
+    assert story.tell(plot) == []
+    kinds = [op.kind for op in story.world.history.sessions["s0"].ops]
+    assert kinds.count("conflict") == 20

@@ -83,10 +83,10 @@ class Knobs:
 
     @classmethod
     def of(cls, rng: random.Random, nodes: int | None) -> Knobs:
-        lease_ms = rng.choice((300, 500, 500, 1000, 3000))
-        sessions = [f"s{number}" for number in range(rng.choice((1, 1, 2, 3)))]
+        lease_ms = rng.choice((200, 300, 500, 1000))
+        sessions = [f"s{number}" for number in range(rng.choice((1, 1, 1, 2, 3)))]
         knobs = cls(
-            nodes=nodes or rng.choice((1, 2, 2, 2, 3, 3)),
+            nodes=nodes or rng.choice((1, 2, 2, 2, 2, 3, 3)),
             lease_ms=lease_ms,
             flush_interval_ms=rng.choice((200, 1000, 5000)),
             flush_threads=rng.choice((1, 4)),
@@ -101,8 +101,8 @@ class Knobs:
             deletes=rng.random() < 0.3,
             sessions=sessions,
             devices=rng.choice((1, 2, 2)),
-            actions=rng.choice((8, 16, 24)),
-            faults_us=rng.choice((8, 15, 30)) * SECOND,
+            actions=rng.choice((10, 20, 30)),
+            faults_us=rng.choice((5, 8, 15)) * SECOND,
             inline_bytes=rng.choice((400, 1500, 65_536)),
             merge_min=rng.choice((3, 32)),
         )
@@ -166,6 +166,8 @@ class World:
         self.forgiven: set[str] = set()
         self.faults: list[str] = []
         self.disks_lost = False
+        # Of the duel that goes on: for how many leases somebody is away.
+        self._away = 0.0
         self._living = 0
 
     # What parts of the world ask of it --------------------------------------------------------------------------------
@@ -261,11 +263,17 @@ class World:
     def plan_faults(self) -> None:
         """Put what befalls this world into its future."""
         rng, end_us = self.chaos, self.knobs.faults_us
+        duels = self.knobs.nodes > 1 and rng.random() < 0.6
+        if duels:
+            self.schedule.at(2 * SECOND + int(rng.random() * SECOND), self._duel)
         kinds: list[Callable[[str], str]] = [
             self.crash,
             self.crash,
             self.freeze,
             self.freeze,
+            self.strand,
+            self.strand,
+            self.strand,
             self.cut,
             self.cut,
             self.outage,
@@ -279,10 +287,25 @@ class World:
             self.release,
             self.replace,
         ]
-        for _ in range(rng.choice((0, 2, 4, 6, 9, 12))):
+        # Where everybody is away nobody takes anything over.
+        for _ in range(rng.choice((0, 0, 1, 2) if duels else (0, 2, 4, 6, 9, 12))):
             kind, name = rng.choice(kinds), rng.choice(self.machine_names)
             at_us = 2 * SECOND + int(rng.random() * end_us)
             self.schedule.at(at_us, lambda kind=kind, name=name: self._befall(kind, name))  # type: ignore[misc]
+
+    def _duel(self) -> None:
+        """Whoever owns a session is away for longer than the others wait, comes back, and then the next one."""
+        if self.weather.calm:
+            return
+        rng = self.chaos
+        present = self.history.sessions[rng.choice(self.knobs.sessions)].present
+        owner = str(present.owner[1]) if present is not None and present.owner is not None else ""
+        name = owner if owner in self.machines else rng.choice(self.machine_names)
+        kind = rng.choice((self.freeze, self.freeze, self.strand, self.strand, self.strand, self.crash, self.replace))
+        self._away = 4 + 8 * rng.random()
+        self._befall(kind, name)
+        away_us, self._away = int(self._away * self.knobs.lease_ms * 1000), 0.0
+        self.schedule.after(int(away_us * (0.5 + rng.random())), self._duel)
 
     def _befall(self, kind: Callable[[str], str], name: str) -> None:
         if self.weather.calm:
@@ -294,7 +317,15 @@ class World:
 
     def _pause_us(self) -> int:
         """How long something lasts: from an instant to many leases."""
+        if self._away:
+            return int(self._away * self.knobs.lease_ms * 1000)
         return int(self.knobs.lease_ms * 1000 * self.chaos.choice((0.2, 0.8, 2, 4, 4, 8)) * (0.5 + self.chaos.random()))
+
+    def _long_us(self) -> int:
+        """How long a node is away: mostly for longer than the lease that others wait for."""
+        if self._away:
+            return int(self._away * self.knobs.lease_ms * 1000)
+        return int(self.knobs.lease_ms * 1000 * self.chaos.choice((1, 4, 8, 16, 30)) * (0.5 + self.chaos.random()))
 
     def _restart(self, name: str, after_us: int) -> None:
         machine = self.machines[name]
@@ -313,7 +344,7 @@ class World:
         daemon = self.machines[name].daemon
         if daemon is None or daemon.host.frozen:
             return ""
-        after_us = self._pause_us()
+        after_us = self._long_us()
         daemon.host.freeze()
         self.schedule.after(after_us, lambda: self._thaw(daemon))
         return f"freeze for {after_us / 1e6:.3f} s"
@@ -347,6 +378,18 @@ class World:
         self.weather.cut.update(links)
         self.schedule.after(after_us, lambda: self.weather.cut.difference_update(links))
         return f"cut {links} for {after_us / 1e6:.3f} s"
+
+    def strand(self, name: str) -> str:
+        """A node can't reach the store, and maybe no other node: it serves what it has, and is taken for gone."""
+        links = [(name, "store"), ("store", name)]
+        if self.chaos.random() < 0.5:
+            links += [(name, other) for other in self.machine_names] + [(other, name) for other in self.machine_names]
+        if self.chaos.random() < 0.3:
+            links += [(name, "clients"), ("clients", name)]
+        after_us = self._long_us()
+        self.weather.cut.update(links)
+        self.schedule.after(after_us, lambda: self.weather.cut.difference_update(links))
+        return f"stranded, cut off by {len(links)} links, for {after_us / 1e6:.3f} s"
 
     def outage(self, name: str) -> str:
         hosts = self.chaos.choice(([name], self.machine_names))
