@@ -225,7 +225,10 @@ class Proxy:
         line = stream.readline()
         if not line.endswith(b"\r\n"):
             return False
-        method, target, _ = line.decode("ascii").split(" ")
+        words = line.decode("ascii", "replace").split(" ")
+        if len(words) != 3:
+            return False  # no HTTP: a caller who looks for a server that had this port before
+        method, target, _ = words
         headers: list[tuple[str, str]] = []
         while (field := stream.readline()) != b"\r\n":
             if not field.endswith(b"\r\n"):
