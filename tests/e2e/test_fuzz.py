@@ -140,8 +140,10 @@ def wire(daemon: Daemon) -> Iterator[Wire]:
 def check(daemon: Daemon, wire: Wire, path: str, sent: bytes) -> grpc.StatusCode:
     """Send it; whatever comes back is an answer, or a refusal with its details."""
     if METHODS[path].server_streaming:
-        call: Any = wire.channel.unary_stream(path)
-        error = _error(lambda: list(call(sent, timeout=60)))
+        # A watch that is let in tells at once how the session stands, and then goes on for as long as somebody listens.
+        call: Any = wire.channel.unary_stream(path)(sent, timeout=60)
+        error = _error(lambda: next(call))
+        call.cancel()
     else:
         error = wire.channel.unary_unary(path).future(sent, timeout=60).exception()
     if error is None:
