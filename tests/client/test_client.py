@@ -707,6 +707,22 @@ def test_an_unknown_name_of_an_enum_is_refused_with_those_that_there_are(client:
         client.resume(session, -1)
 
 
+def test_a_number_that_its_field_does_not_take_is_refused_with_the_fields_name(client: Any, session: str) -> None:
+    for field, call in (
+        ("seq", lambda: client.fork_session(session, seq=-1)),
+        ("checkpoint_version", lambda: client.fork_session(session, checkpoint_version=2**64)),
+        ("after.seq", lambda: client.watch(session, after=-1)),
+        ("after.epoch", lambda: client.watch(session, after=(2**32, 1))),
+        ("highest_acked.seq", lambda: client.resume(session, 4000, highest_acked=-1)),
+        ("accept_missing", lambda: client.resume(session, 4000, accept_missing=-1)),
+        ("last_seq", lambda: client.list_turns_page(session, last_seq=-1)),
+        ("expected_version", lambda: client.put_state("k", b"", session_id=session, expected_version=-1)),
+    ):
+        with pytest.raises(Invalid) as refused:
+            call()
+        assert refused.value.fields[0][0] == field
+
+
 def test_a_damaged_manifest_is_corrupt_and_a_draining_node_unavailable(kind: Any) -> None:
     with running_daemon(flush_interval_ms=20) as daemon, kind(daemon.address) as client:
         sessions = [client.create_session(user_id="ada").session_id for _ in range(2)]

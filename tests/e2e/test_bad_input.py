@@ -663,6 +663,7 @@ def in_both(wire: Wire, session: str, reason: str, field: str, spec: dict[str, o
             "context.last_exchanges",
             {"strategy": turn_pb2.STRATEGY_LAST_N, "last_exchanges": 100_001},
         ),
+        ("INVALID_CONTEXT", "context.since.chain", {"since": turn_pb2.TurnPosition(seq=1, chain=bytes(15))}),
         ("EMPTY_TURN", "context.new_message.parts", {"new_message": turn_pb2.Message()}),
         ("INVALID_CONTEXT", "context.new_message.parts[0].tool_call", {"new_message": turn_pb2.Message(parts=[CALL])}),
     ],
@@ -671,6 +672,16 @@ def test_a_context_that_cannot_be_made_is_refused(
     wire: Wire, session: str, reason: str, field: str, spec: dict[str, object]
 ) -> None:
     in_both(wire, session, reason, field, dict(spec))
+
+
+@pytest.mark.parametrize("size", [1, 15, 17, 32])
+def test_a_position_whose_chain_is_none_is_refused(wire: Wire, session: str, size: int) -> None:
+    place = turn_pb2.TurnPosition(epoch=1, seq=1, chain=bytes(size))
+    with unchanged(wire, session):
+        refused("INVALID_CONTEXT", "highest_acked.chain", wire.resume, session, highest_acked=place)
+        refused("INVALID_CONTEXT", "expected.chain", wire.append, session, user("new", "x"), expected=place)
+        watch = session_pb2.WatchSessionRequest(session_id=session, after=place)
+        refused("INVALID_CONTEXT", "after.chain", lambda: list(wire.sessions.WatchSession(watch, timeout=10)))
 
 
 @pytest.mark.parametrize("strategy", ["STRATEGY_FULL", "STRATEGY_LAST_N", "STRATEGY_HYBRID"])

@@ -548,6 +548,7 @@ BAD = [
     ("INVALID_BLOB", "scope.session_user_id", {"scope": state_pb2.StateScope(user_id="a", session_user_id="a")}),
     ("INVALID_BLOB", "key", {"key": ""}),
     ("INVALID_BLOB", "key", {"key": LONG}),
+    ("INVALID_BLOB", "key", {"key": "a\nb"}),
     ("INVALID_BLOB", "key", {"key": "é" * 129}),
 ]
 BAD_WRITES = [

@@ -2,36 +2,47 @@
 
 `python -m tests.sim.teeth` runs all of them and writes TEETH.md; `--only NAME` runs one. A plant is a function of the
 daemon whose source is changed in one place: by hand, where somebody thought of the mistake, or by a rule, where nobody
-did. A plant whose place is not there any more is an error: the list is kept in step with the code.
+did. What no seed catches is tried against the stories of this simulation and the tests of the tiers, each with the bug
+planted. A plant whose place is not there any more is an error: the list is kept in step with the code.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import copy
 import hashlib
 import importlib
 import inspect
 import json
+import os
 import signal
 import sys
 import textwrap
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 from unittest import mock
+
+import pytest
 
 from tests.sim import schedule
 from tests.sim.world import run_seed
 
 TABLE = Path(__file__).with_name("TEETH.md")
 CAUGHT = Path(__file__).with_name("teeth.json")
-# Seeds after which a plant counts as survived.
+# What is tried once no seed has caught a plant; all of them work within the process.
+TESTS = [
+    "tests/sim/test_stories.py",
+    *(f"tests/tiers/test_{name}.py" for name in ("fences", "rescues", "takeovers", "claims", "commits", "lease")),
+]
+# Seeds after which a plant counts as caught by none of them.
 SEEDS_MAX = 400
 # A plant that makes the daemon spin is caught, too.
 SEED_S_MAX = 30
@@ -81,14 +92,22 @@ class Plant:
 
 @contextmanager
 def changed(place: Place, source: str, extra: Callable[[Any], dict[str, Any]] = lambda module: {}) -> Iterator[None]:
-    """The daemon with another source of one function."""
-    module, holder, name, _ = place.found()
-    space = dict(vars(module)) | extra(module)
+    """The daemon with another source of one function: the function itself is changed, for whoever has imported it, and
+    sees the module's names as they are at each call, for worlds set some of them.
+    """
+    module, _, name, found = place.found()
+    function = found.__func__ if isinstance(found, staticmethod | classmethod) else found
     made: dict[str, Any] = {}
-    code = compile(f"from __future__ import annotations\n{source}", f"<planted in {place.name}>", "exec")
-    exec(code, space, made)
-    with mock.patch.object(holder, name, made[name]):
+    exec(compile(f"from __future__ import annotations\n{source}", f"<planted in {place.name}>", "exec"), {}, made)
+    more, before = extra(module), function.__code__
+    vars(module).update(more)
+    function.__code__ = made[name].__code__
+    try:
         yield
+    finally:
+        function.__code__ = before
+        for key in more:
+            delattr(module, key)
 
 
 def early(module: Any) -> dict[str, Any]:
@@ -450,13 +469,23 @@ def by_rule() -> list[Mutation]:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a plant. seed: what caught it, None for a survivor. by: invariant and explanation."""
+    """What became of a plant. seed, or else test: what caught it, both None for a survivor. by: the invariant that was
+    seen broken. seeds: how many were run.
+    """
 
     name: str
     seed: int | None
     by: str
     what: str
     seeds: int
+    test: str | None = None
+
+    @property
+    def told(self) -> str:
+        """For whoever waits."""
+        if self.seed is not None:
+            return f"seed {self.seed} {self.by}: {self.what}"
+        return f"{self.test}: {self.what}" if self.test is not None else "SURVIVED"
 
 
 class TooLong(BaseException):
@@ -492,61 +521,109 @@ def hunt(plant: Plant | Mutation, seeds: Iterator[int] | range) -> Verdict:
     return Verdict(plant.name, None, "", "", count)
 
 
-def known_seeds() -> dict[str, int]:
-    """The seed that caught each plant when the table was written."""
+class _Catcher:
+    """A pytest plugin: remembers the first test that fails."""
+
+    def __init__(self) -> None:
+        self.test: str | None = None
+        self.what = ""
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.failed and self.test is None:
+            self.test = report.nodeid
+            crash = getattr(report.longrepr, "reprcrash", None)
+            self.what = " ".join(str(crash.message if crash is not None else report.longrepr).split())
+
+
+def caught_by_test(plant: Plant | Mutation) -> tuple[str | None, str]:
+    """The first of the named tests that fails under a plant, and what it says."""
+    catcher = _Catcher()
+    with plant.planted():
+        pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-o", "addopts=", *TESTS], plugins=[catcher])
+    return catcher.test, catcher.what[:160]
+
+
+def known() -> dict[str, Any]:
+    """What caught each plant when the table was written: the number of a seed, or a test's id."""
     return dict(json.loads(CAUGHT.read_text())) if CAUGHT.exists() else {}
+
+
+def known_seeds() -> dict[str, int]:
+    """The seed that caught each plant when the table was written, of those that seeds catch."""
+    return {name: caught for name, caught in known().items() if isinstance(caught, int)}
+
+
+def plants() -> list[Plant | Mutation]:
+    """All of them, those by hand first."""
+    return [*BY_HAND, *by_rule()]
+
+
+def judge(name: str, seeds: int) -> Verdict:
+    """What catches the plant of this name."""
+    plant = next(plant for plant in plants() if plant.name == name)
+    first = known_seeds().get(name)
+    verdict = hunt(plant, iter([*([first] if first is not None else []), *range(seeds)]))
+    if verdict.seed is not None:
+        return verdict
+    sys.stdout.flush()
+    with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet):
+        test, what = caught_by_test(plant)
+    return replace(verdict, test=test, what=what)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.sim.teeth", description=__doc__)
     parser.add_argument("--only", help="run the plants whose name has this in it, and write no table")
     parser.add_argument("--seeds", type=int, default=SEEDS_MAX)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--list", action="store_true")
     arguments = parser.parse_args()
-    plants: list[Plant | Mutation] = [*BY_HAND, *by_rule()]
-    if arguments.only:
-        plants = [plant for plant in plants if arguments.only in plant.name]
+    names = [plant.name for plant in plants() if arguments.only is None or arguments.only in plant.name]
     if arguments.list:
-        print("\n".join(plant.name for plant in plants))
+        print("\n".join(names))
         return 0
-    verdicts: list[Verdict] = []
-    for plant in plants:
-        began_s = time.monotonic()
-        first = known_seeds().get(plant.name)
-        order = [*([first] if first is not None else []), *range(arguments.seeds)]
-        verdict = hunt(plant, iter(order))
-        verdicts.append(verdict)
-        told = f"seed {verdict.seed} {verdict.by}: {verdict.what}" if verdict.seed is not None else "SURVIVED"
-        print(f"{plant.name}: {told} ({verdict.seeds} seeds, {time.monotonic() - began_s:.1f} s)", flush=True)
-        if not arguments.only:
-            write(verdicts, len(BY_HAND))
-    return sum(verdict.seed is None for verdict in verdicts)
+    verdicts: dict[str, Verdict] = {}
+    # A process for each: whatever a planted bug leaves behind is gone with it.
+    with ProcessPoolExecutor(arguments.jobs, get_context("spawn"), max_tasks_per_child=1) as pool:
+        running = {pool.submit(judge, name, arguments.seeds): name for name in names}
+        for done in as_completed(running):
+            verdict = verdicts[running[done]] = done.result()
+            print(f"{verdict.name}: {verdict.told} ({verdict.seeds} seeds)", flush=True)
+    ordered = [verdicts[name] for name in names]
+    if arguments.only is None:
+        write(ordered, len(BY_HAND))
+    return sum(verdict.seed is None and verdict.test is None for verdict in ordered)
 
 
 def write(verdicts: list[Verdict], by_hand: int) -> None:
-    """The table, and beside it the seeds by name for the tests."""
+    """The table, and beside it what caught each by name, for the tests."""
     from tests.sim.survivors import SURVIVORS
 
-    caught = [verdict for verdict in verdicts if verdict.seed is not None]
+    by_seed = [verdict for verdict in verdicts if verdict.seed is not None]
+    by_test = [verdict for verdict in verdicts if verdict.seed is None and verdict.test is not None]
     lines = [
-        "# Planted bugs, and the seeds that catch them",
+        "# Planted bugs, and what catches them",
         "",
         "Written by `python -m tests.sim.teeth`; do not edit. Each bug is planted alone; seeds run until one breaks.",
-        f"{len(caught)} of {len(verdicts)} are caught, within {SEEDS_MAX} seeds each at most.",
+        f"What no seed of {SEEDS_MAX} catches is tried against the stories of the simulation and the tests of the tiers.",
+        f"Of {len(verdicts)} bugs {len(by_seed)} are caught by a seed, {len(by_test)} by a named story or test, and"
+        f" {len(verdicts) - len(by_seed) - len(by_test)} survive.",
     ]
     for title, part in (("By hand", verdicts[:by_hand]), ("By rule", verdicts[by_hand:])):
-        lines += ["", f"## {title}", "", "| bug | seed | by | what it said |", "|---|---|---|---|"]
+        lines += ["", f"## {title}", "", "| bug | caught by | invariant | what it said |", "|---|---|---|---|"]
         for verdict in part:
-            if verdict.seed is None:
-                why = SURVIVORS.get(verdict.name, "not explained yet")
-                if not verdict.seeds:
-                    lines.append(f"| {cell(verdict.name)} | not run | | |")
-                    continue
-                lines.append(f"| {cell(verdict.name)} | none of {verdict.seeds} | | survives: {cell(why)} |")
+            if verdict.seed is not None:
+                caught = f"seed {verdict.seed}"
+            elif verdict.test is not None:
+                caught = f"`{verdict.test.replace('::', '`, `')}`"
             else:
-                lines.append(f"| {cell(verdict.name)} | {verdict.seed} | {verdict.by} | {cell(verdict.what)} |")
+                why = SURVIVORS.get(verdict.name, "not explained yet")
+                lines.append(f"| {cell(verdict.name)} | survives {verdict.seeds} seeds | | {cell(why)} |")
+                continue
+            lines.append(f"| {cell(verdict.name)} | {caught} | {verdict.by} | {cell(verdict.what)} |")
     TABLE.write_text("\n".join(lines) + "\n")
-    CAUGHT.write_text(json.dumps({verdict.name: verdict.seed for verdict in caught}, indent=1) + "\n")
+    found = {verdict.name: verdict.seed if verdict.seed is not None else verdict.test for verdict in by_seed + by_test}
+    CAUGHT.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def cell(text: str) -> str:

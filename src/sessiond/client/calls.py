@@ -177,7 +177,7 @@ def context_spec(
         instructions=instructions,
         new_message=None if new_message is None else to_message(new_message),
         context_etag=context_etag,
-        since=_position(since),
+        since=_position(since, "since"),
     )
 
 
@@ -349,7 +349,9 @@ class Calls:
         seq, or checkpoint_version: the turn, or the checkpoint whose turn, is the last one that the two share. Without
         an id it gets a fresh UUID.
         """
-        at = {"checkpoint_version": checkpoint_version} if checkpoint_version else {"seq": seq}
+        at = {"seq": _unsigned(seq, "seq", 64)}
+        if checkpoint_version:
+            at = {"checkpoint_version": _unsigned(checkpoint_version, "checkpoint_version", 64)}
         request = session_pb2.ForkSessionRequest(
             session_id=session_id,
             user_id=user_id,
@@ -409,9 +411,9 @@ class Calls:
                 context_etag=context_etag,
                 since=since,
             ),
-            highest_acked=_position(highest_acked),
-            known_checkpoint_version=known_checkpoint_version,
-            accept_missing=accept_missing,
+            highest_acked=_position(highest_acked, "highest_acked"),
+            known_checkpoint_version=_unsigned(known_checkpoint_version, "known_checkpoint_version", 64),
+            accept_missing=_optional(accept_missing, "accept_missing", 32),
             reset_to_session_id=reset_to_session_id,
             read_only=read_only,
         )
@@ -439,7 +441,7 @@ class Calls:
             session_id=session_id,
             user_id=user_id,
             turns=to_turns(turns),
-            expected=_position(expected),
+            expected=_position(expected, "expected"),
             durability=enum(turn_pb2.Durability, durability or 0, "durability"),  # type: ignore[arg-type]
             context=context,
             conflict_mode=session_pb2.CONFLICT_MODE_RETURN_TAIL
@@ -516,8 +518,8 @@ class Calls:
             user_id=user_id,
             page_size=_unsigned(page_size, "page_size"),
             page_token=page_token,
-            first_seq=first_seq,
-            last_seq=last_seq,
+            first_seq=_unsigned(first_seq, "first_seq", 64),
+            last_seq=_unsigned(last_seq, "last_seq", 64),
         )
         return _session_call("ListTurns", request, _itself)
 
@@ -549,7 +551,8 @@ class Calls:
         self, session_id: str, *, after: PositionLike | AppendResult | Context | None = None, user_id: str = ""
     ) -> Following:
         """What is told of a session from now on, or after a turn; see `Client.watch`."""
-        request = session_pb2.WatchSessionRequest(session_id=session_id, user_id=user_id, after=_position(after))
+        place = _position(after, "after")
+        request = session_pb2.WatchSessionRequest(session_id=session_id, user_id=user_id, after=place)
         return Following(self, _session_call("WatchSession", request, _itself))
 
     # Blobs -------------------------------------------------------------------------------------------------------
@@ -562,7 +565,8 @@ class Calls:
         user_id: with a session, whose it must be. known_version: leave the content out if this is still its version.
         Raises NotFound STATE_NOT_FOUND.
         """
-        request = state_pb2.GetStateRequest(scope=_scope(session_id, user_id), key=key, known_version=known_version)
+        known = _unsigned(known_version, "known_version", 64)
+        request = state_pb2.GetStateRequest(scope=_scope(session_id, user_id), key=key, known_version=known)
         return _state_call("GetState", request, _itself)
 
     def put_state(
@@ -587,7 +591,7 @@ class Calls:
             scope=_scope(session_id, user_id),
             key=key,
             content=content,
-            expected_version=expected_version,
+            expected_version=_optional(expected_version, "expected_version"),
             media_type=media_type,
             labels=labels or {},
             # Minted here, so that a repeat is the same write.
@@ -610,7 +614,7 @@ class Calls:
         request = state_pb2.DeleteStateRequest(
             scope=_scope(session_id, user_id),
             key=key,
-            expected_version=expected_version,
+            expected_version=_optional(expected_version, "expected_version"),
             durability=enum(turn_pb2.Durability, durability or 0, "durability"),  # type: ignore[arg-type]
             write_id=write_id or str(uuid.uuid4()),
         )
@@ -635,7 +639,7 @@ class Calls:
             key_prefix=key_prefix,
             page_size=_unsigned(page_size, "page_size"),
             page_token=page_token,
-            accept_missing=accept_missing,
+            accept_missing=_optional(accept_missing, "accept_missing", 32),
         )
         return _state_call("ListStates", request, _itself)
 
@@ -699,7 +703,7 @@ def _itself(reply: Any) -> Any:
     return reply
 
 
-def _position(value: Any) -> turn_pb2.TurnPosition | None:
+def _position(value: Any, field: str) -> turn_pb2.TurnPosition | None:
     if value is None or isinstance(value, turn_pb2.TurnPosition):
         return value
     if isinstance(value, (AppendResult, Context)):
@@ -707,18 +711,23 @@ def _position(value: Any) -> turn_pb2.TurnPosition | None:
     if isinstance(value, turn_pb2.Turn):
         return position_of(value)
     epoch, seq = (0, value) if isinstance(value, int) else value
-    return turn_pb2.TurnPosition(epoch=epoch, seq=seq)
+    return turn_pb2.TurnPosition(epoch=_unsigned(epoch, f"{field}.epoch"), seq=_unsigned(seq, f"{field}.seq", 64))
 
 
 def _since(spec: context_pb2.ContextSpec) -> turn_pb2.TurnPosition | None:
     return spec.since if spec.HasField("since") else None
 
 
-def _unsigned(value: int, field: str) -> int:
-    if not 0 <= value < 2**32:
-        what = f"{value} is outside 0..{2**32 - 1}"
+def _unsigned(value: int, field: str, bits: int = 32) -> int:
+    """The number, if a field of so many bits takes it. Raises Invalid INVALID_CONTEXT."""
+    if not isinstance(value, int) or not 0 <= value < 1 << bits:
+        what = f"{value!r} is no whole number from 0 to {(1 << bits) - 1}"
         raise Invalid("INVALID_CONTEXT", f"{field}: {what}.", fields=[(field, what)])
     return value
+
+
+def _optional(value: int | None, field: str, bits: int = 64) -> int | None:
+    return None if value is None else _unsigned(value, field, bits)
 
 
 def _short(kind: Any, number: int) -> str:

@@ -28,6 +28,7 @@ from sessiond.tokens import Tokenizer
 from sessiond.v1 import context_pb2, turn_pb2
 
 TURNS_MAX: Final = 256
+CHAIN_BYTES: Final = 16
 TURN_ID_BYTES_MAX: Final = 128
 USER_ID_BYTES_MAX: Final = 256
 PARTS_MAX: Final = 1024
@@ -87,6 +88,14 @@ def check_user_id(user_id: str, field: str = "user_id") -> str:
     if not user_id.isprintable():
         raise invalid("INVALID_USER_ID", field, "it has control characters")
     return user_id
+
+
+def check_position(position: turn_pb2.TurnPosition, field: str) -> turn_pb2.TurnPosition:
+    """The position, if its chain may be one. Raises Invalid INVALID_CONTEXT."""
+    if len(position.chain) not in (0, CHAIN_BYTES):
+        what = f"{len(position.chain)} bytes; a chain has {CHAIN_BYTES}, and may be left out"
+        raise invalid("INVALID_CONTEXT", f"{field}.chain", what)
+    return position
 
 
 def check_turn_id(turn_id: str, field: str) -> str:
@@ -211,6 +220,7 @@ class Spec:
             if not 1 <= self.last_exchanges <= LAST_EXCHANGES_MAX:
                 what = f"LAST_N needs 1 to {LAST_EXCHANGES_MAX}, not {self.last_exchanges}"
                 raise invalid("INVALID_CONTEXT", f"{field}.last_exchanges", what)
+        check_position(proto.since, f"{field}.since")
         self.since = proto.since if proto.HasField("since") and proto.since.seq else None
         self.given_instructions = proto.instructions if proto.HasField("instructions") else None
         self.instructions_tokens = 0
@@ -386,9 +396,11 @@ def prepare_turn(
             raise invalid("EMPTY_TURN", f"{where}.text", "it is missing")
         if not 1 <= covered.first_seq <= covered.last_seq:
             raise invalid("INVALID_TURN", f"{where}.covered", "first_seq and last_seq must name turns")
-        if len(turn.summary.covered_chain) != 16:
+        if len(turn.summary.covered_chain) != CHAIN_BYTES:
             raise invalid(
-                "INVALID_TURN", f"{where}.covered_chain", "16 bytes are needed, from the covered turn's chain"
+                "INVALID_TURN",
+                f"{where}.covered_chain",
+                f"{CHAIN_BYTES} bytes are needed, from the covered turn's chain",
             )
         prepared.summary = (covered.first_seq, covered.last_seq, turn.summary.covered_chain)
     elif kind == KIND_STATE:

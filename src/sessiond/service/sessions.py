@@ -50,6 +50,7 @@ from sessiond.service.prepare import (
     Spec,
     check_metadata,
     check_policy,
+    check_position,
     check_session_id,
     check_user_id,
     invalid,
@@ -343,6 +344,7 @@ class Sessions:
         """The active context within a budget: ActiveContext's wire bytes."""
         h = self._hash(call, request.session_id)
         check_user_id(request.user_id)
+        check_position(request.highest_acked, "highest_acked")
         new_id = request.reset_to_session_id
         if not new_id:
             return await self._resume(call, h, request)
@@ -699,6 +701,7 @@ class Sessions:
         h = self._hash(call, request.session_id)
         check_user_id(request.user_id)
         check_durability(request.durability)
+        check_position(request.expected, "expected")
         self._own.check_not_fenced()
         if request.conflict_mode not in session_pb2.ConflictMode.values():
             raise invalid("INVALID_CONTEXT", "conflict_mode", f"{request.conflict_mode} is no conflict mode")

@@ -447,6 +447,8 @@ def _check_key(key: str) -> str:
     if not 1 <= size <= rules.KEY_BYTES_MAX:
         what = "it is missing" if not size else f"{size} bytes, over the limit of {rules.KEY_BYTES_MAX}"
         raise invalid("INVALID_BLOB", "key", what)
+    if not key.isprintable():
+        raise invalid("INVALID_BLOB", "key", "it has control characters")
     return key
 
 

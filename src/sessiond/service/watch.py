@@ -36,7 +36,7 @@ from sessiond.service.ownership import (
     draining,
     unreachable,
 )
-from sessiond.service.prepare import check_session_id, check_user_id
+from sessiond.service.prepare import check_position, check_session_id, check_user_id
 from sessiond.service.router import PeerUnreachable
 from sessiond.tiers.hot import log
 from sessiond.tiers.hot.rows import PHASE_CLAIMING, PHASE_OWNED, Head, decode_committed
@@ -817,6 +817,7 @@ class Watches:
         """A stream for this request. Raises Invalid, Exhausted OVERLOADED, Unavailable, and as the store does."""
         session_id = check_session_id(request.session_id)
         check_user_id(request.user_id)
+        check_position(request.after, "after")
         if self.draining and not call.forwarded:
             raise draining()
         self.own.check_not_fenced()
