@@ -605,7 +605,7 @@ def write(verdicts: list[Verdict], by_hand: int) -> None:
         "# Planted bugs, and what catches them",
         "",
         "Written by `python -m tests.sim.teeth`; do not edit. Each bug is planted alone; seeds run until one breaks.",
-        f"What no seed of {SEEDS_MAX} catches is tried against the stories of the simulation and the tests of the tiers.",
+        f"What no seed of {SEEDS_MAX} catches is tried against the stories here and the tests of the tiers.",
         f"Of {len(verdicts)} bugs {len(by_seed)} are caught by a seed, {len(by_test)} by a named story or test, and"
         f" {len(verdicts) - len(by_seed) - len(by_test)} survive.",
     ]
