@@ -25,13 +25,13 @@ import sys
 import msgpack
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.list cimport PyList_GET_SIZE
-from cpython.mem cimport PyMem_Free, PyMem_Malloc
+from cpython.mem cimport PyMem_Free, PyMem_Malloc, PyMem_Realloc
 from cpython.number cimport PyNumber_Index
 from cpython.unicode cimport PyUnicode_DecodeUTF8
 from libc.stdint cimport UINT64_MAX, uint8_t, uint32_t, uint64_t
-from libc.string cimport memcpy
+from libc.string cimport memcmp, memcpy, memmove
 
 from crc32c cimport crc32c_init, crc32c_raw, crc32c_raw_two
 from frame cimport (
@@ -103,13 +103,18 @@ __all__ = [
     "COMPILED",
     "crc32c",
     "derived_offset",
+    "encode_message",
+    "find_turn_ids",
     "fit_window",
+    "newest_row",
     "read_frame",
     "replay",
+    "row_last",
     "row_live",
     "scan_frames",
     "seal_frame",
     "tool_events",
+    "walk_rows",
 ]
 
 COMPILED = True
@@ -918,6 +923,22 @@ cdef Py_ssize_t index_row(
     return count
 
 
+def row_last(row):
+    """The seq of a row's last frame, by a cheap look at fixed offsets. Raises Corrupt where lengths do not add up."""
+    cdef Py_buffer view
+    cdef Py_ssize_t offset = 0, start = 0
+    take(row, &view)
+    try:
+        if not view.len:
+            raise corrupt_frame(0, "its row is empty")
+        while offset < view.len:
+            start = offset
+            offset = frame_end(start_of(&view), offset, view.len)
+        return load_u64(start_of(&view) + start + SEQ_OFFSET)
+    finally:
+        PyBuffer_Release(&view)
+
+
 def row_live(row, target_seq, slot):
     """(tokens of the live messages of this row from `target_seq` down, the live seq to look for next).
 
@@ -958,6 +979,96 @@ def row_live(row, target_seq, slot):
     finally:
         PyMem_Free(entries)
         PyBuffer_Release(&view)
+
+
+cdef bint row_key(object cursor, const uint8_t* h, uint64_t* first) except -1:
+    """Whether the cursor stands on a row of this session; its first seq. A key is the hash, then the seq big-endian."""
+    cdef Py_buffer view
+    cdef object key = cursor.key()
+    take(key, &view)
+    try:
+        if view.len != _HASH_BYTES + 8 or memcmp(view.buf, h, _HASH_BYTES) != 0:
+            return False
+        first[0] = big_u64(start_of(&view) + _HASH_BYTES)
+        return True
+    finally:
+        PyBuffer_Release(&view)
+
+
+cdef bint seek_row(object cursor, const uint8_t* h, uint64_t seq, uint64_t* first) except -1:
+    """Put the cursor on the session's row that starts at or below seq; whether there is one."""
+    cdef bytes key = PyBytes_FromStringAndSize(NULL, _HASH_BYTES + 8)
+    cdef uint8_t* at = <uint8_t*>PyBytes_AS_STRING(key)
+    cdef int index
+    memcpy(at, h, _HASH_BYTES)
+    for index in range(8):
+        at[_HASH_BYTES + index] = seq >> (56 - 8 * index) & 0xFF
+    if cursor.set_range(key):
+        if row_key(cursor, h, first) and first[0] == seq:
+            return True
+        if not cursor.prev():
+            return False
+    elif not cursor.last():
+        return False
+    return row_key(cursor, h, first)
+
+
+def newest_row(cursor, session_hash, head_seq):
+    """(first seq, frames, last seq) of the row that holds a session's newest turns; None if it has no rows.
+
+    cursor: over the rows of turns, by hash and seq; it stands on that row then. last seq may lie behind head_seq: the
+    caller says what that means. Raises Corrupt where the row's lengths do not add up.
+    """
+    cdef Py_buffer view
+    cdef uint64_t first = 0, head = within("head_seq", head_seq, 0, UINT64_MAX - 1)
+    cdef object row
+    take(session_hash, &view)
+    try:
+        if view.len != _HASH_BYTES:
+            raise ValueError("a session's hash is 16 bytes")
+        if not seek_row(cursor, start_of(&view), head + 1, &first):
+            return None
+    finally:
+        PyBuffer_Release(&view)
+    row = cursor.value()
+    return first, row, row_last(row)
+
+
+def walk_rows(cursor, session_hash, floor_seq, last_live_seq, slot, tokens_max):
+    """The rows that a window takes: ([buffers, oldest first], the live seq to go on at, 0 at the log's start, tokens).
+
+    cursor: as newest_row left it. It goes along the live messages until they take more than tokens_max, or lie below
+    floor_seq: rows from there on are whole, and nothing before is here. Raises Corrupt as row_live does.
+    """
+    cdef Py_buffer view
+    cdef uint64_t first = 0, target, floor, gathered = 0, most
+    cdef list rows = []
+    cdef object row, counted
+    cdef bint here
+    target = within("last_live_seq", last_live_seq, 0, UINT64_MAX)
+    floor = within("floor_seq", floor_seq, 0, UINT64_MAX)
+    most = within("tokens_max", tokens_max, 0, UINT64_MAX)
+    take(session_hash, &view)
+    try:
+        if view.len != _HASH_BYTES:
+            raise ValueError("a session's hash is 16 bytes")
+        here = target != 0 and target >= floor and row_key(cursor, start_of(&view), &first)
+        while target and target >= floor and (gathered <= most or not rows):
+            # Mostly it is the row before.
+            if rows:
+                here = cursor.prev() and row_key(cursor, start_of(&view), &first)
+            if not here or first > target:
+                if not seek_row(cursor, start_of(&view), target, &first):
+                    break
+            row = cursor.value()
+            counted = row_live(row, target, slot)
+            gathered += <uint64_t>counted[0]
+            target = counted[1]
+            rows.append(row)
+    finally:
+        PyBuffer_Release(&view)
+    rows.reverse()
+    return rows, target, gathered
 
 
 cdef bytes copy_window(const Entry* entries, Py_ssize_t first, Py_ssize_t count, uint64_t since_seq):
@@ -1170,3 +1281,219 @@ def fit_window(
             taken -= 1
             PyBuffer_Release(&views[taken])
         PyMem_Free(views)
+
+
+# -------------------------------------------------------------------------------------------------------------- turn ids
+
+
+def find_turn_ids(session_hash, chunks, head_seq, horizon, id_hashes):
+    """Where turn ids stand, newest first: [(seq, start of the digest) or None] for each of `id_hashes`, 8 bytes each.
+
+    chunks: values of the `ids` table, ascending: checksum, then entries of 24 bytes (hash of the id, start of the
+    digest, seq big-endian). They must end at head_seq without a gap, and reach back to turn 1 or over `horizon`
+    entries. Raises Corrupt where one is damaged or missing: a turn could be applied twice.
+    """
+    cdef Py_buffer view
+    cdef Py_buffer wanted
+    cdef uint32_t seed
+    cdef const uint8_t* at
+    cdef Py_ssize_t offset, count = 0, index
+    cdef uint64_t seq, first = 0, last = 0, head = within("head_seq", head_seq, 0, UINT64_MAX)
+    cdef uint64_t least = within("horizon", horizon, 0, UINT64_MAX)
+    cdef list places = [None] * len(id_hashes)
+    cdef uint64_t[64] keys
+    cdef Py_ssize_t asked = len(id_hashes)
+    if asked > 64:
+        # More than one append may bring at a time is asked for in parts.
+        return find_turn_ids(session_hash, chunks, head_seq, horizon, id_hashes[:64]) + find_turn_ids(
+            session_hash, chunks, head_seq, horizon, id_hashes[64:]
+        )
+    hash_state(session_hash, &seed)
+    seed = crc32c_raw(seed, <const uint8_t*>b"ids", 3)
+    for index in range(asked):
+        take(id_hashes[index], &wanted)
+        try:
+            if wanted.len != 8:
+                raise ValueError("a turn id's hash is 8 bytes")
+            keys[index] = load_u64(start_of(&wanted))
+        finally:
+            PyBuffer_Release(&wanted)
+    for chunk in chunks:
+        take(chunk, &view)
+        try:
+            at = start_of(&view)
+            if view.len < 4 or (view.len - 4) % 24:
+                raise damaged_ids(session_hash)
+            if <uint32_t>~crc32c_raw(seed, at + 4, view.len - 4) != load_u32(at):
+                raise damaged_ids(session_hash)
+            offset = 4
+            while offset < view.len:
+                seq = big_u64(at + offset + 16)
+                if not count:
+                    first = seq
+                last = seq
+                count += 1
+                for index in range(asked):
+                    if load_u64(at + offset) == keys[index]:
+                        places[index] = (seq, PyBytes_FromStringAndSize(<const char*>at + offset + 8, 8))
+                offset += 24
+        finally:
+            PyBuffer_Release(&view)
+    if not count:
+        first = 1
+    if last != head or last + 1 - first != <uint64_t>count or (first > 1 and <uint64_t>count < least):
+        raise missing_ids(session_hash)
+    return places
+
+
+cdef inline uint64_t big_u64(const uint8_t* at) noexcept:
+    cdef uint64_t value = 0
+    cdef int index
+    for index in range(8):
+        value = value << 8 | at[index]
+    return value
+
+
+cdef object damaged_ids(object session_hash):
+    what = f"A ids row of session {bytes(session_hash).hex()} does not match its checksum."
+    return Corrupt("CORRUPT_HOT_ROW", what, {"table": "ids"})
+
+
+cdef object missing_ids(object session_hash):
+    what = f"Turn ids of session {bytes(session_hash).hex()} are missing."
+    return Corrupt("CORRUPT_HOT_ROW", what, {"table": "ids"})
+
+
+# -------------------------------------------------------------------------------------------------------------- messages
+
+
+cdef struct Out:
+    uint8_t* at
+    Py_ssize_t size
+    Py_ssize_t room
+
+
+cdef int grow(Out* out, Py_ssize_t more) except -1:
+    """Room for so many bytes more."""
+    cdef Py_ssize_t room
+    cdef uint8_t* fresh
+    if out.size + more <= out.room:
+        return 0
+    room = 2 * out.room + more
+    fresh = <uint8_t*>PyMem_Realloc(out.at, room)
+    if fresh is NULL:
+        raise MemoryError
+    out.at, out.room = fresh, room
+    return 0
+
+
+cdef inline int put_varint(Out* out, uint64_t value) except -1:
+    grow(out, 10)
+    while value > 0x7F:
+        out.at[out.size] = value & 0x7F | 0x80
+        out.size += 1
+        value >>= 7
+    out.at[out.size] = value
+    out.size += 1
+    return 0
+
+
+cdef inline int varint_bytes(uint64_t value) noexcept:
+    cdef int size = 1
+    while value > 0x7F:
+        size += 1
+        value >>= 7
+    return size
+
+
+cdef int put_payload(Out* out, uint64_t number, const char* payload, Py_ssize_t size) except -1:
+    put_varint(out, number << 3 | 2)
+    put_varint(out, size)
+    grow(out, size)
+    memcpy(out.at + out.size, payload, size)
+    out.size += size
+    return 0
+
+
+cdef int put_message(Out* out, uint64_t number, tuple fields) except -1:
+    """A message within a message: its length is known once it is written, and most take one byte for it."""
+    cdef Py_ssize_t start, size, more
+    put_varint(out, number << 3 | 2)
+    grow(out, 1)
+    out.size += 1
+    start = out.size
+    put_fields(out, fields)
+    size = out.size - start
+    more = varint_bytes(size) - 1
+    if more:
+        grow(out, more)
+        memmove(out.at + start + more, out.at + start, size)
+    out.size = start - 1
+    put_varint(out, size)
+    out.size += size
+    return 0
+
+
+cdef int put_field(Out* out, object number, object value) except -1:
+    cdef long long numbered
+    cdef uint64_t tag, plain
+    cdef bytes text
+    cdef Py_ssize_t index
+    if value is None or value is False:
+        return 0
+    numbered = number
+    if numbered < 0:
+        plain = within("fixed64", value, 0, UINT64_MAX)
+        if plain:
+            put_varint(out, <uint64_t>(-numbered) << 3 | 1)
+            grow(out, 8)
+            store_u64(out.at + out.size, plain)
+            out.size += 8
+        return 0
+    tag = numbered
+    kind = type(value)
+    if kind is int or kind is bool:
+        plain = within("varint", value, 0, UINT64_MAX)
+        if plain:
+            put_varint(out, tag << 3)
+            put_varint(out, plain)
+    elif kind is tuple:
+        put_message(out, tag, <tuple>value)
+    elif kind is bytes or kind is str:
+        text = <bytes>value if kind is bytes else (<str>value).encode()
+        if PyBytes_GET_SIZE(text):
+            put_payload(out, tag, PyBytes_AS_STRING(text), PyBytes_GET_SIZE(text))
+    elif kind is list:
+        for index in range(PyList_GET_SIZE(value)):
+            put_field(out, number, (<list>value)[index])
+    else:
+        raise TypeError(f"a field is {kind.__name__}")
+    return 0
+
+
+cdef int put_fields(Out* out, tuple fields) except -1:
+    cdef Py_ssize_t index, count = len(fields)
+    if count % 2:
+        raise ValueError("fields are numbers and values in turn")
+    for index in range(0, count, 2):
+        put_field(out, fields[index], fields[index + 1])
+    return 0
+
+
+def encode_message(fields):
+    """A protobuf message's bytes. fields: a tuple of field numbers and values in turn, in the order of the numbers.
+
+    An int is a varint, under a negative number a fixed64 of the field without its sign; bytes and str are what they
+    are; a tuple is a message, a list a field that is repeated. None, 0, False and what is empty are left out, a
+    message that is a tuple never. Raises TypeError, ValueError or OverflowError for what no field takes.
+    """
+    cdef Out out
+    out.size, out.room = 0, 512
+    out.at = <uint8_t*>PyMem_Malloc(out.room)
+    if out.at is NULL:
+        raise MemoryError
+    try:
+        put_fields(&out, fields)
+        return PyBytes_FromStringAndSize(<const char*>out.at, out.size)
+    finally:
+        PyMem_Free(out.at)

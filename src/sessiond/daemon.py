@@ -22,6 +22,7 @@ from sessiond import __version__, core, telemetry
 from sessiond.config import Settings
 from sessiond.errors import Corrupt, Denied, SessiondError, Unavailable
 from sessiond.service.forks import Forks
+from sessiond.service.hotpath import HotPath
 from sessiond.service.node import CallCounts, Node
 from sessiond.service.ownership import Ownership, Parts
 from sessiond.service.rescue import Rescues
@@ -242,6 +243,18 @@ class Daemon:
         node = Node(parts, sessions, store, upkeep, __version__, settings.drain_grace_ms, self._calls, router, rescues)
         node.answered_for_others = lambda: server.answered_for_others
         node.watches = watches
+        server.hot_path = HotPath(
+            hot,
+            bucket.hash_key,
+            tokenizer,
+            lease,
+            settings.node,
+            default_budget_tokens=settings.default_budget_tokens,
+            serve_unconfirmed=settings.serve_unconfirmed,
+            expiry_ms=expiry_ms,
+            note_resumed=partial(note_resumed, ownership, router),
+            count_rung=sessions.count_rung,
+        )
         server.serve(sessions, node, router, credentials, rescues.apply, hot.incarnation, watches)
         forks, states = Forks(parts, ownership, sessions), States(parts, ownership)
         server.also_serve("ForkSession", session_pb2.ForkSessionRequest, forks.fork)
@@ -354,6 +367,12 @@ def hold_data_dir(settings: Settings) -> int:
         what = f"Another daemon serves from {path}."
         raise Unavailable("HOT_TIER_IN_USE", what, {"path": str(path)}, [("data_dir", "in use")]) from error
     return descriptor
+
+
+def note_resumed(ownership: Ownership, router: Router, h: bytes) -> None:
+    """A session was read through this node, by a caller of its own."""
+    ownership.note_resumed(h)
+    router.asked_here(h)
 
 
 def owns_nothing(hot: Environment) -> bool:

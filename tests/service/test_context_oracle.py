@@ -43,6 +43,9 @@ class Rows:
         self.cold_below = rng.choice((0, 0, len(frames) // 2))
         self.fetches = 0
 
+    def walk(self, last_live_seq: int, slot: int, tokens_max: int) -> list[Any]:
+        return contexts.walked(self, last_live_seq, slot, tokens_max, 0)[0]
+
     def row_for(self, seq: int) -> bytes:
         if seq < self.cold_below:
             raise HistoryNeeded(seq, self.cold_below - 1)

@@ -7,13 +7,18 @@ __all__ = [
     "COMPILED",
     "crc32c",
     "derived_offset",
+    "encode_message",
+    "find_turn_ids",
     "fit_window",
+    "newest_row",
     "read_frame",
     "replay",
+    "row_last",
     "row_live",
     "scan_frames",
     "seal_frame",
     "tool_events",
+    "walk_rows",
 ]
 
 _Buffer = bytes | bytearray | memoryview
@@ -43,7 +48,12 @@ def scan_frames(session_hash: bytes, buffer: _Buffer) -> list[Header]: ...
 def tool_events(body: _Buffer) -> list[tuple[bool, str]]: ...
 def derived_offset(body: _Buffer) -> int: ...
 def replay(session_hash: bytes, state: _Buffer, frames: _Buffer) -> bytes: ...
+def row_last(row: _Buffer) -> int: ...
 def row_live(row: _Buffer, target_seq: int, slot: int) -> tuple[int, int]: ...
+def newest_row(cursor: Any, session_hash: bytes, head_seq: int) -> tuple[int, Any, int] | None: ...
+def walk_rows(
+    cursor: Any, session_hash: bytes, floor_seq: int, last_live_seq: int, slot: int, tokens_max: int
+) -> tuple[list[Any], int, int]: ...
 def fit_window(
     session_hash: bytes,
     rows: Sequence[_Buffer],
@@ -57,3 +67,7 @@ def fit_window(
     stride_tokens: int,
     since_seq: int,
 ) -> tuple[Any, ...]: ...
+def find_turn_ids(
+    session_hash: bytes, chunks: Sequence[_Buffer], head_seq: int, horizon: int, id_hashes: Sequence[bytes]
+) -> list[tuple[int, bytes] | None]: ...
+def encode_message(fields: tuple[Any, ...]) -> bytes: ...

@@ -572,6 +572,17 @@ def replay(session_hash: bytes, state: Buffer, frames: Buffer) -> bytes:
     return encode_places(places)
 
 
+def row_last(row: Buffer) -> int:
+    """The seq of a row's last frame, by a cheap look at fixed offsets. Raises Corrupt where lengths do not add up."""
+    content = _owned(row)
+    if not content:
+        raise corrupt_frame(0, "its row is empty")
+    offset = start = 0
+    while offset < len(content):
+        start, offset = offset, _frame_end(content, offset)
+    return int(HEADER_STRUCT.unpack_from(content, start)[3])
+
+
 def row_live(row: Buffer, target_seq: int, slot: int) -> tuple[int, int]:
     """(tokens of the live messages of this row from `target_seq` down, the live seq to look for next).
 
@@ -601,6 +612,63 @@ def row_live(row: Buffer, target_seq: int, slot: int) -> tuple[int, int]:
         tokens += own
         target_seq = link
     return tokens, target_seq
+
+
+def _row_key(cursor: Any, session_hash: bytes) -> int | None:
+    key = bytes(cursor.key())
+    if len(key) != _HASH_BYTES + 8 or key[:_HASH_BYTES] != session_hash:
+        return None
+    return int.from_bytes(key[_HASH_BYTES:], "big")
+
+
+def _seek_row(cursor: Any, session_hash: bytes, seq: int) -> int | None:
+    """Put the cursor on the session's row that starts at or below seq; where that one starts."""
+    if cursor.set_range(session_hash + seq.to_bytes(8, "big")):
+        if _row_key(cursor, session_hash) == seq:
+            return seq
+        if not cursor.prev():
+            return None
+    elif not cursor.last():
+        return None
+    return _row_key(cursor, session_hash)
+
+
+def newest_row(cursor: Any, session_hash: bytes, head_seq: int) -> tuple[int, Any, int] | None:
+    """(first seq, frames, last seq) of the row that holds a session's newest turns; None if it has no rows.
+
+    cursor: over the rows of turns, by hash and seq; it stands on that row then. last seq may lie behind head_seq: the
+    caller says what that means. Raises Corrupt where the row's lengths do not add up.
+    """
+    head = _within("head_seq", head_seq, 0, _MASK_64 - 1)
+    first = _seek_row(cursor, _owned_hash(session_hash), head + 1)
+    if first is None:
+        return None
+    row = cursor.value()
+    return first, row, row_last(row)
+
+
+def walk_rows(
+    cursor: Any, session_hash: bytes, floor_seq: int, last_live_seq: int, slot: int, tokens_max: int
+) -> tuple[list[Any], int, int]:
+    """The rows that a window takes: ([buffers, oldest first], the live seq to go on at, 0 at the log's start, tokens).
+
+    cursor: as newest_row left it. It goes along the live messages until they take more than tokens_max, or lie below
+    floor_seq: rows from there on are whole, and nothing before is here. Raises Corrupt as row_live does.
+    """
+    target = _within("last_live_seq", last_live_seq, 0, _MASK_64)
+    floor = _within("floor_seq", floor_seq, 0, _MASK_64)
+    most = _within("tokens_max", tokens_max, 0, _MASK_64)
+    owner = _owned_hash(session_hash)
+    rows: list[Any] = []
+    gathered = 0
+    while target and target >= floor and (gathered <= most or not rows):
+        if _seek_row(cursor, owner, target) is None:
+            break
+        row = cursor.value()
+        tokens, target = row_live(row, target, slot)
+        gathered += tokens
+        rows.insert(0, row)
+    return rows, target, gathered
 
 
 def fit_window(
@@ -726,3 +794,84 @@ def fit_window(
         first[4].prev_live_seq,
         kept[-1][4].chain,
     )
+
+
+def find_turn_ids(
+    session_hash: bytes, chunks: Sequence[Buffer], head_seq: int, horizon: int, id_hashes: Sequence[bytes]
+) -> list[tuple[int, bytes] | None]:
+    """Where turn ids stand, newest first: [(seq, start of the digest) or None] for each of `id_hashes`, 8 bytes each.
+
+    chunks: values of the `ids` table, ascending: checksum, then entries of 24 bytes (hash of the id, start of the
+    digest, seq big-endian). They must end at head_seq without a gap, and reach back to turn 1 or over `horizon`
+    entries. Raises Corrupt where one is damaged or missing: a turn could be applied twice.
+    """
+    _within("head_seq", head_seq, 0, _MASK_64)
+    _within("horizon", horizon, 0, _MASK_64)
+    owner = _owned_hash(session_hash)
+    seed = google_crc32c.value(owner + b"ids")
+    wanted = [_owned(id_hash) for id_hash in id_hashes]
+    if any(len(id_hash) != 8 for id_hash in wanted):
+        raise ValueError("a turn id's hash is 8 bytes")
+    places: dict[bytes, tuple[int, bytes]] = {}
+    seqs: list[int] = []
+    for chunk in chunks:
+        content = _owned(chunk)
+        entries = content[4:]
+        if (
+            len(content) < 4
+            or len(entries) % 24
+            or google_crc32c.extend(seed, entries).to_bytes(4, "little") != content[:4]
+        ):
+            what = f"A ids row of session {owner.hex()} does not match its checksum."
+            raise Corrupt("CORRUPT_HOT_ROW", what, {"table": "ids"})
+        for at in range(0, len(entries), 24):
+            seqs.append(int.from_bytes(entries[at + 16 : at + 24], "big"))
+            places[entries[at : at + 8]] = seqs[-1], entries[at + 8 : at + 16]
+    first, last = (seqs[0], seqs[-1]) if seqs else (1, 0)
+    if last != head_seq or (last + 1 - first) & _MASK_64 != len(seqs) or (first > 1 and len(seqs) < horizon):
+        raise Corrupt("CORRUPT_HOT_ROW", f"Turn ids of session {owner.hex()} are missing.", {"table": "ids"})
+    return [places.get(id_hash) for id_hash in wanted]
+
+
+def _encoded_varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def _encoded(number: int, value: Any) -> bytes:
+    if value is None or value is False:
+        return b""
+    if number < 0:
+        plain = _within("fixed64", value, 0, _MASK_64)
+        return _encoded_varint(-number << 3 | 1) + plain.to_bytes(8, "little") if plain else b""
+    kind = type(value)
+    if kind is int or kind is bool:
+        plain = _within("varint", value, 0, _MASK_64)
+        return _encoded_varint(number << 3) + _encoded_varint(plain) if plain else b""
+    if kind is list:
+        return b"".join(_encoded(number, item) for item in value)
+    if kind is tuple:
+        payload = encode_message(value)
+    elif kind is bytes or kind is str:
+        payload = value if kind is bytes else value.encode()
+        if not payload:
+            return b""
+    else:
+        raise TypeError(f"a field is {kind.__name__}")
+    return _encoded_varint(number << 3 | 2) + _encoded_varint(len(payload)) + payload
+
+
+def encode_message(fields: tuple[Any, ...]) -> bytes:
+    """A protobuf message's bytes. fields: a tuple of field numbers and values in turn, in the order of the numbers.
+
+    An int is a varint, under a negative number a fixed64 of the field without its sign; bytes and str are what they
+    are; a tuple is a message, a list a field that is repeated. None, 0, False and what is empty are left out, a
+    message that is a tuple never. Raises TypeError, ValueError or OverflowError for what no field takes.
+    """
+    if len(fields) % 2:
+        raise ValueError("fields are numbers and values in turn")
+    return b"".join(_encoded(number, value) for number, value in zip(fields[::2], fields[1::2], strict=True))

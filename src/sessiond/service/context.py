@@ -7,6 +7,7 @@ out. It reads through a source that is handed in and never waits.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
@@ -40,6 +41,11 @@ class Source(Protocol):
     def frame(self, seq: int) -> tuple[Header, Any]:
         """(header, buffer) of one turn. Raises HistoryNeeded, Corrupt."""
 
+    def walk(self, last_live_seq: int, slot: int, tokens_max: int) -> list[Any]:
+        """The newest rows, oldest first, until their live messages take more than tokens_max. Raises HistoryNeeded,
+        Corrupt.
+        """
+
 
 class HotSource:
     """Rows of the hot tier, inside a read transaction."""
@@ -47,13 +53,17 @@ class HotSource:
     def __init__(self, transaction: Transaction, h: bytes, head: Head) -> None:
         self._transaction = transaction
         self._h = h
-        log.check_newest(transaction, h, head)
-        self._hot_first = head.hot_first
         self._cursor = transaction.cursor("turns")
+        self._newest = log.newest_row(self._cursor, h, head)
+        self._hot_first = head.hot_first
 
     def row_for(self, seq: int) -> Any:
         """As Source says."""
         if seq >= self._hot_first:
+            # Most windows begin with the newest row, which was looked at already.
+            newest = self._newest
+            if newest is not None and newest[0] <= seq <= newest[2]:
+                return newest[1]
             row = log.row_at(self._cursor, self._h, seq)
             if row is not None:
                 return row[1]
@@ -62,6 +72,13 @@ class HotSource:
     def frame(self, seq: int) -> tuple[Header, Any]:
         """As Source says."""
         return log.frame_at(self._transaction, self._h, seq)
+
+    def walk(self, last_live_seq: int, slot: int, tokens_max: int) -> list[Any]:
+        """As Source says; once, before any row is asked for."""
+        rows, target, tokens = core.walk_rows(self._cursor, self._h, self._hot_first, last_live_seq, slot, tokens_max)
+        if target and (tokens <= tokens_max or not rows):
+            raise log.HistoryNeeded(target, self._hot_first - 1)
+        return rows
 
 
 class ColdSource:
@@ -98,6 +115,24 @@ class ColdSource:
             if header.seq == seq:
                 return header, buffer
         raise log.HistoryNeeded(seq, seq)
+
+    def walk(self, last_live_seq: int, slot: int, tokens_max: int) -> list[Any]:
+        """As Source says."""
+        return walked(self, last_live_seq, slot, tokens_max, 0)[0]
+
+
+def walked(source: Source, last_live_seq: int, slot: int, tokens_max: int, floor: int) -> tuple[list[Any], bool]:
+    """As Source.walk, row by row, and whether it came to turns up to floor. Raises HistoryNeeded, Corrupt."""
+    rows: list[Any] = []
+    target, gathered = last_live_seq, 0
+    while target and (gathered <= tokens_max or not rows):
+        if target <= floor:
+            return rows, True
+        row = source.row_for(target)
+        tokens, target = core.row_live(row, target, slot)
+        gathered += tokens
+        rows.insert(0, row)
+    return rows, False
 
 
 @dataclass(slots=True)
@@ -158,25 +193,26 @@ def holds(source: Source, state: State, position: turn_pb2.TurnPosition) -> bool
 
 def checkpoint_header(state: State) -> context_pb2.CheckpointHeader | None:
     """The header of the newest checkpoint that a state knows; None if none was taken."""
+    fields = _checkpoint(state)
+    return None if fields is None else context_pb2.CheckpointHeader.FromString(core.encode_message(fields))
+
+
+def _checkpoint(state: State) -> tuple[Any, ...] | None:
+    """The same as fields to encode; core.encode_message says how."""
     epoch, seq, time_ms = state.boundary
     if not seq:
         return None
-    header = context_pb2.CheckpointHeader(
-        version=epoch << 32 | seq,
-        replay_cursor=seq,
-        epoch=epoch,
-        tail_first_seq=state.summary[-1][2] + 1 if state.summary else 1,
-        instructions_seq=state.instructions[0] if state.instructions else 0,
-        exchanges=state.exchanges,
-        rule=state.rule,
-        taken_at_unix_ms=time_ms,
-        milestone=state.milestone[1] if state.milestone else "",
+    covered = state.summary[-1][2] if state.summary else 0
+    return (
+        *(-1, epoch << 32 | seq, 2, seq, 3, epoch),
+        *(4, (1, 1, 2, covered) if covered else None),
+        *(5, covered + 1),
+        *(6, state.instructions[0] if state.instructions else 0),
+        *(7, state.exchanges, 8, state.rule),
+        *(9, state.chain if state.cursor == seq else b""),
+        *(10, time_ms),
+        *(11, state.milestone[1] if state.milestone else ""),
     )
-    if state.cursor == seq:
-        header.chain = state.chain
-    if state.summary:
-        header.summarised.first_seq, header.summarised.last_seq = 1, state.summary[-1][2]
-    return header
 
 
 def state_etag(state: State) -> str:
@@ -187,6 +223,13 @@ def state_etag(state: State) -> str:
 def state_proto(state: State) -> context_pb2.SessionState:
     """Flags, mode and metadata as the wire has them."""
     return context_pb2.SessionState(flags=state.flags, mode=state.mode, metadata=state.metadata, etag=state_etag(state))
+
+
+def _state(state: State) -> Any:
+    """The state's message, to encode: as fields, or as bytes where it has maps."""
+    if state.flags or state.metadata:
+        return state_proto(state).SerializeToString(deterministic=True)
+    return (2, state.mode, 4, state_etag(state))
 
 
 def pin_protos(state: State) -> list[turn_pb2.PinnedFact]:
@@ -213,17 +256,14 @@ def _choose(
     source: Source, h: bytes, state: State, spec: Spec, tail: int, exact: int, since_seq: int, floor: int
 ) -> tuple[Any, ...]:
     """As core.fit_window answers. floor: turns up to this one can't be read; a window that needs one starts above."""
-    rows: list[Any] = []
-    target, gathered = state.last_live_seq, 0
     stride = max(1, (spec.budget - spec.reserve) // STRIDES_PER_BUDGET)
+    if floor:
+        rows, stopped = walked(source, state.last_live_seq, spec.slot, exact, floor)
+        if stopped:
+            return _choose_above(rows, h, state, spec, exact, since_seq, floor)
+    else:
+        rows = source.walk(state.last_live_seq, spec.slot, exact)
     while True:
-        while target and (gathered <= exact or not rows):
-            if target <= floor:
-                return _choose_above(rows, h, state, spec, exact, since_seq, floor)
-            row = source.row_for(target)
-            tokens, target = core.row_live(row, target, spec.slot)
-            gathered += tokens
-            rows.insert(0, row)
         fit = core.fit_window(
             h,
             rows,
@@ -239,13 +279,10 @@ def _choose(
         )
         if fit[0] != FIT_MORE:
             return fit
-        target, gathered = fit[1], 0
-        if target <= floor:
+        if fit[1] <= floor:
             return _choose_above(rows, h, state, spec, exact, since_seq, floor)
-        row = source.row_for(target)
-        _, target = core.row_live(row, target, spec.slot)
-        rows.insert(0, row)
-        gathered = exact + 1
+        # The next legal cut may lie in an older row.
+        rows.insert(0, source.row_for(fit[1]))
 
 
 def _choose_above(
@@ -294,19 +331,8 @@ def build(source: Source, h: bytes, state: State, spec: Spec, standing: Standing
     Raises Invalid BUDGET_TOO_SMALL if not even the newest legal cut fits, HistoryNeeded, Corrupt.
     """
     etag = _etag(state, spec, standing)
-    receipt = context_pb2.Receipt(
-        rung=standing.rung,  # type: ignore[arg-type]
-        ownership=standing.ownership,  # type: ignore[arg-type]
-        missing=standing.missing,
-        head=head_position(state),
-        cloud_seq=standing.cloud_seq,
-        stale=standing.stale,
-        notice=standing.notice,
-        node=standing.node,
-        reset_of=standing.reset_of,
-    )
     if spec.proto.context_etag and spec.proto.context_etag == etag:
-        return context_pb2.ActiveContext(context_etag=etag, not_modified=True, receipt=receipt).SerializeToString()
+        return core.encode_message((12, etag, 13, True, 16, _receipt(state, standing, (), (), (), None)))
 
     slot, hybrid = spec.slot, spec.strategy == turn_pb2.STRATEGY_HYBRID
     floor = max((last for _, last in standing.unread), default=0)
@@ -349,10 +375,7 @@ def build(source: Source, h: bytes, state: State, spec: Spec, standing: Standing
         header, buffer = source.frame(row[0])
         pieces += (_SUMMARY_TAG, bytes(buffer[header.offset + 1 : header.end]))
         prefix.update(header.chain)
-    if summary:
-        receipt.summarised.add(first_seq=1, last_seq=covered)
-    for low, high in ranges:
-        receipt.verbatim.add(first_seq=low, last_seq=high)
+    left_out: list[tuple[int, int]] = []
     if before_seq > covered:
         # The instructions are shown wherever they stand.
         shown = instructions[0] if instructions else 0
@@ -361,47 +384,50 @@ def build(source: Source, h: bytes, state: State, spec: Spec, standing: Standing
             left_out = [
                 part for low, high in left_out for part in ((low, min(high, first - 1)), (max(low, last + 1), high))
             ]
-        for low, high in left_out:
-            if low <= high:
-                receipt.omitted.add(first_seq=low, last_seq=high)
-    pins = pin_protos(state)
+        left_out = [part for part in left_out if part[0] <= part[1]]
+    pins = [pin.SerializeToString(deterministic=True) for pin in pin_protos(state)] if state.pins else []
     for pin in pins:
-        prefix.update(pin.SerializeToString(deterministic=True))
+        prefix.update(pin)
     fixed = CONTEXT_TOKENS + instructions_tokens + pins_tokens + summary_tokens
-    receipt.stable_prefix.digest = prefix.digest()
-    receipt.stable_prefix.tokens = fixed + tail_tokens
-    receipt.stable_prefix.turns = messages
-
-    rest = context_pb2.ActiveContext(
-        pins=pins,
-        tokens=context_pb2.ContextTokens(
-            instructions=instructions_tokens,
-            pins=pins_tokens,
-            summary=summary_tokens,
-            tail=tail_tokens,
-            new_message=spec.new_tokens,
-            framing=CONTEXT_TOKENS,
-            total=fixed + tail_tokens + spec.new_tokens,
-            budget=spec.budget,
-            reserve=spec.reserve,
-            transcript=state.live_tokens[slot] + instructions_tokens,
+    stable = (1, prefix.digest(), 2, fixed + tail_tokens, 3, messages)
+    summarised = [(1, covered)] if summary else []
+    rest = (
+        *(3, spec.given_instructions, 4, pins),
+        *(7, None if spec.new_message is None else spec.new_message.SerializeToString()),
+        8,
+        (
+            *(1, instructions_tokens, 2, pins_tokens, 3, summary_tokens, 4, tail_tokens),
+            *(6, spec.new_tokens, 7, CONTEXT_TOKENS, 8, fixed + tail_tokens + spec.new_tokens),
+            *(9, spec.budget, 10, spec.reserve, 11, state.live_tokens[slot] + instructions_tokens),
         ),
-        encoding=spec.encoding,  # type: ignore[arg-type]
-        strategy=spec.strategy,  # type: ignore[arg-type]
-        checkpoint=checkpoint_header(state),
-        context_etag=etag,
-        delta=since_seq > 0,
-        receipt=receipt,
-        state=state_proto(state),
+        *(9, spec.encoding, 10, spec.strategy, 11, _checkpoint(state), 12, etag, 14, since_seq > 0),
+        *(15, (1, first_seq, 2, state.last_live_seq) if first_seq else None),
+        *(16, _receipt(state, standing, ranges, summarised, left_out, stable)),
+        *(17, _state(state)),
     )
-    if first_seq:
-        rest.window.first_seq, rest.window.last_seq = first_seq, state.last_live_seq
-    if spec.given_instructions is not None:
-        rest.given_instructions = spec.given_instructions
-    if spec.new_message is not None:
-        rest.new_message.CopyFrom(spec.new_message)
-    pieces.append(rest.SerializeToString())
+    pieces.append(core.encode_message(rest))
     return b"".join(pieces)
+
+
+def _receipt(
+    state: State,
+    standing: Standing,
+    verbatim: Sequence[tuple[int, int]],
+    summarised: Sequence[tuple[int, int]],
+    omitted: Sequence[tuple[int, int]],
+    stable: tuple[Any, ...] | None,
+) -> tuple[Any, ...]:
+    """The receipt, as fields to encode. stable: of the stable prefix."""
+    return (
+        *(1, standing.rung, 2, standing.ownership),
+        *(3, [(1, low, 2, high) for low, high in verbatim]),
+        *(4, [(1, low, 2, high) for low, high in summarised]),
+        *(6, [(1, low, 2, high) for low, high in omitted]),
+        *(7, [missing.SerializeToString() for missing in standing.missing]),
+        *(8, (1, state.epoch, 2, state.cursor, 3, state.chain if state.cursor else b"")),
+        *(9, standing.cloud_seq, 11, standing.stale, 12, stable),
+        *(15, standing.notice, 16, standing.reset_of, 17, standing.node),
+    )
 
 
 def _too_small(spec: Spec, minimum: int) -> Invalid:

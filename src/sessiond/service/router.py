@@ -129,7 +129,7 @@ class Router:
             else:
                 if hint is not None:
                     self._hints.pop(h, None)
-                self._visits.pop(h, None)
+                self.asked_here(h)
                 return reply
             try:
                 answer = await self._forward(method, call, raw, h, owner)
@@ -179,6 +179,11 @@ class Router:
         self._visits[h] = node, count, since_ms
         if len(self._visits) > HINTS_MAX:
             self._visits.popitem(last=False)
+
+    def asked_here(self, h: bytes) -> None:
+        """A session was asked for by a caller of this node's own: not only through another one."""
+        if self._visits:
+            self._visits.pop(h, None)
 
     def is_given(self, call: Call, request: Any, node: str) -> bool:
         """Whether a session was let go for this node a moment ago: then it is not taken back on its behalf."""

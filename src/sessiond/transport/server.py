@@ -20,6 +20,7 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 from sessiond.errors import Corrupt, Exhausted, SessiondError, Unavailable, Unimplemented
+from sessiond.service.hotpath import HotPath
 from sessiond.service.node import CallCounts, Node
 from sessiond.service.ownership import Call, OwnedElsewhere
 from sessiond.service.router import Refused, Router
@@ -88,6 +89,8 @@ class Server:
         self._incarnation = b""
         self._rescue: Callable[[node_pb2.RescueRequest], Awaitable[node_pb2.RescueResponse]] | None = None
         self._watches: Watches | None = None
+        # What of the calls is answered from the hot tier alone; None while nothing is.
+        self.hot_path: HotPath | None = None
         self._watch: asyncio.Task[None] | None = None
         self._started = False
         # What a node that starts says it waits for.
@@ -181,7 +184,23 @@ class Server:
             told = {WATCH: self._told, "ForwardWatch": self._told_forwarded}.get(name)
             stream = self._stream(name) if told is None else self._watching(name, told)
             return grpc.unary_stream_rpc_method_handler(stream)
-        return grpc.unary_unary_rpc_method_handler(self._call(name))
+        return grpc.unary_unary_rpc_method_handler(self._resume() if name == "ResumeSession" else self._call(name))
+
+    def _resume(self) -> Any:
+        """Resumes that the hot path answers, and the others as any call."""
+        general = self._call("ResumeSession")
+
+        async def call(raw: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
+            hot_path = self.hot_path
+            # Nothing is awaited, so that it counts among no calls that wait.
+            if hot_path is not None and self._in_flight < self._calls_max:
+                answer = hot_path.resume(raw, TENANT)
+                if answer is not None:
+                    self._calls.add("ResumeSession", "OK", "")
+                    return answer
+            return bytes(await general(raw, context))
+
+        return call
 
     def _call(self, name: str) -> Any:
         own = {"Forward": self._forward, "Rescue": self._take_rescued}.get(name)

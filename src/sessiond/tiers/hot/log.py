@@ -294,15 +294,15 @@ def check_newest(transaction: Transaction, h: bytes, head: Head) -> None:
     LMDB's pages carry no checksums: a pointer with a flipped bit may lead to a page that was given up, whose rows all
     verify. Rows of turns only ever grow, so they tell.
     """
-    row = row_for(transaction, h, head.head_seq + 1)
-    if row is None:
-        return
-    if row[0] <= head.head_seq:
-        try:
-            core.row_live(row[1], head.head_seq + 1, 0)
-        except Corrupt:
-            return  # as it should be: the row does not hold the turn after the newest
-    raise Corrupt("CORRUPT_HOT_ROW", f"Session {h.hex()} has turns behind turn {head.head_seq}, its newest.")
+    newest_row(transaction.cursor("turns"), h, head)
+
+
+def newest_row(cursor: Any, h: bytes, head: Head) -> tuple[int, Any, int] | None:
+    """(first seq, frames, last seq) of the row of the newest turns, None if there is none. Raises as check_newest."""
+    row = core.newest_row(cursor, h, head.head_seq)
+    if row is not None and row[2] > head.head_seq:
+        raise Corrupt("CORRUPT_HOT_ROW", f"Session {h.hex()} has turns behind turn {head.head_seq}, its newest.")
+    return row
 
 
 def state_at(transaction: Transaction, h: bytes, seq: int, birth_metadata: dict[str, str]) -> bytes:
