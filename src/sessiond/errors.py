@@ -132,6 +132,7 @@ REASONS: dict[str, Reason] = {
         Invalid, "INVALID_ARGUMENT", "Start again without a page token; tokens belong to one session and one query."
     ),
     "INVALID_PAGE_SIZE": Reason(Invalid, "INVALID_ARGUMENT", "Use a page size within the documented range."),
+    "INVALID_BATCH": Reason(Invalid, "INVALID_ARGUMENT", "Send 1 to 256 requests per call; nothing was done."),
     "INVALID_STATE_CHANGE": Reason(Invalid, "INVALID_ARGUMENT", "Correct the named field; nothing was changed."),
     "INVALID_POLICY": Reason(Invalid, "INVALID_ARGUMENT", "Correct the named field of the policy."),
     "INVALID_BLOB": Reason(Invalid, "INVALID_ARGUMENT", "Correct the named field; nothing was written."),
@@ -231,6 +232,12 @@ REASONS: dict[str, Reason] = {
     ),
     "NODE_DRAINING": Reason(Unavailable, "UNAVAILABLE", "The node is draining; send the call to another node.", 1000),
     "OVERLOADED": Reason(Exhausted, "RESOURCE_EXHAUSTED", "Too many calls at once; back off and try again.", 200),
+    "BATCH_REPLY_FULL": Reason(
+        Exhausted,
+        "RESOURCE_EXHAUSTED",
+        "Ask for this one again in a call of its own, or with others that were left out.",
+        1,
+    ),
     "HOT_TIER_FULL": Reason(
         Exhausted, "RESOURCE_EXHAUSTED", "Raise map_size_bytes or drain the node; resumes go on meanwhile.", 5000
     ),

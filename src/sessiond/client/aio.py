@@ -15,6 +15,7 @@ from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 import grpc
 
+from sessiond.client.batches import Sending, rounds
 from sessiond.client.calls import (
     DRAIN_S_MAX,
     TIMEOUT_S,
@@ -23,6 +24,7 @@ from sessiond.client.calls import (
     Calls,
     ChannelKey,
     Listing,
+    Many,
     PositionLike,
     Reappended,
 )
@@ -54,6 +56,16 @@ def _listing(
     @functools.wraps(build)
     def method(self: AsyncClient, /, *args: P.args, **kwargs: P.kwargs) -> AsyncPages[Item]:
         return AsyncPages(self, build(self.calls, *args, **kwargs))
+
+    return method
+
+
+def _many(
+    build: Callable[Concatenate[Calls, P], Many[Reply]],
+) -> Callable[Concatenate[AsyncClient, P], Coroutine[Any, Any, list[Reply | SessiondError]]]:
+    @functools.wraps(build)
+    async def method(self: AsyncClient, /, *args: P.args, **kwargs: P.kwargs) -> list[Reply | SessiondError]:
+        return await self.run_many(build(self.calls, *args, **kwargs))
 
     return method
 
@@ -170,6 +182,26 @@ class AsyncClient:
             if wait_s:
                 await asyncio.sleep(wait_s)
 
+    async def run_many(self, many: Many[Reply]) -> list[Reply | SessiondError]:
+        """Send calls together, and repeat those for which that is safe, within the deadline; what became of each."""
+        steps = rounds(self.calls, many)
+        try:
+            step = next(steps)
+            while True:
+                if step.wait_s:
+                    await asyncio.sleep(step.wait_s)
+                step = steps.send(await asyncio.gather(*map(self._sent, step.sendings)))
+        except StopIteration as end:
+            outcomes: list[Reply | SessiondError] = end.value
+            return outcomes
+
+    async def _sent(self, sending: Sending[Any]) -> Any:
+        method = getattr(self._channels.stub("SessionService", sending.key), sending.method)
+        try:
+            return await method(sending.request, timeout=sending.timeout_s, metadata=sending.metadata)
+        except grpc.RpcError as error:
+            return error
+
     create_session = _unary(Calls.create_session)
     get_session = _unary(Calls.get_session)
     list_sessions = _listing(Calls.list_sessions)
@@ -180,6 +212,8 @@ class AsyncClient:
     warm_session = _unary(Calls.warm_session)
     resume = _unary(Calls.resume)
     append = _unary(Calls.append)
+    resume_many = _many(Calls.resume_many)
+    append_many = _many(Calls.append_many)
     list_turns = _listing(Calls.list_turns)
     list_turns_page = _unary(Calls.list_turns_page)
     list_checkpoints = _unary(Calls.list_checkpoints)

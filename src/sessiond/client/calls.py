@@ -78,6 +78,18 @@ class ChannelKey(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class Many(Generic[Reply]):
+    """Calls that go together, as many to a request as it takes. calls: a refusal in place of one that can't be made.
+
+    serial: calls of one session are sent one after the other.
+    """
+
+    method: str
+    calls: list[Call[Reply] | SessiondError]
+    serial: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Listing(Generic[Item]):
     """A list that comes in pages. page: the call for the page of a token. items: what a page holds."""
 
@@ -457,6 +469,36 @@ class Calls:
 
         return _session_call("AppendTurn", request, done)
 
+    def resume_many(
+        self, /, sessions: Iterable[str | Mapping[str, Any]], budget_tokens: int = 0, **options: Any
+    ) -> Many[Context]:
+        """The contexts of many sessions, in order: a Context each, or the SessiondError that it was refused with.
+
+        sessions: ids, or the arguments of `resume` by their names, which go before those given here for all.
+        """
+        options["budget_tokens"] = budget_tokens
+
+        def build(item: str | Mapping[str, Any]) -> Call[Context]:
+            return self.resume(**{**options, **({"session_id": item} if isinstance(item, str) else item)})
+
+        return Many("BatchResumeSessions", [_built(build, item) for item in sessions], serial=False)
+
+    def append_many(
+        self, /, appends: Iterable[tuple[str, TurnLike | Iterable[TurnLike]] | Mapping[str, Any]], **options: Any
+    ) -> Many[AppendResult]:
+        """Appends to many sessions: for each, in order, an AppendResult or the SessiondError that it was refused with.
+
+        appends: (session_id, turns) pairs, or the arguments of `append` by their names, which go before those given
+        here for all. Those of one session are made in their order, also where one is repeated; a later one is tried
+        whatever became of the earlier. What must stand or fall together is one append of several turns.
+        """
+
+        def build(item: tuple[str, Any] | Mapping[str, Any]) -> Call[AppendResult]:
+            named = item if isinstance(item, Mapping) else {"session_id": item[0], "turns": item[1]}
+            return self.append(**{**options, **named})
+
+        return Many("BatchAppendTurns", [_built(build, item) for item in appends], serial=True)
+
     def list_orphans(self, session_id: str, *, user_id: str = "") -> Listing[turn_pb2.Turn]:
         """Acknowledged turns that are not in the log, oldest first: their node was cut off, and the session went on."""
 
@@ -681,6 +723,13 @@ def _batches(turns: Iterable[turn_pb2.TurnInput]) -> list[list[turn_pb2.TurnInpu
             size_bytes = turn.ByteSize()
         batches[-1].append(turn)
     return batches
+
+
+def _built(build: Callable[[Any], Call[Reply]], item: Any) -> Call[Reply] | SessiondError:
+    try:
+        return build(item)
+    except SessiondError as error:
+        return error
 
 
 def _session_call(method: str, request: Any, done: Callable[[Any], Reply]) -> Call[Reply]:

@@ -100,17 +100,27 @@ def failure_of(error: Any, server: str) -> Failure:
     remedy = metadata.pop("remedy", "")
     message = message.removesuffix(remedy).rstrip()
     made = make(code.name, info.reason, message, metadata, fields, retry_after_ms, remedy)
-    waits = code is grpc.StatusCode.RESOURCE_EXHAUSTED and retry_after_ms is not None
-    return Failure(made, code is grpc.StatusCode.UNAVAILABLE or waits)
+    return Failure(made, _is_retried(code.name, retry_after_ms))
+
+
+def _is_retried(status: str, retry_after_ms: int | None) -> bool:
+    return status == "UNAVAILABLE" or (status == "RESOURCE_EXHAUSTED" and retry_after_ms is not None)
+
+
+def item_failure(item: session_pb2.ItemError) -> Failure:
+    """What an item's error means: the same as a single call's."""
+    return Failure(item_error(item), _is_retried(_CODES.get(item.code, "UNKNOWN"), item.retry_after_ms or None))
 
 
 def item_error(item: session_pb2.ItemError) -> SessiondError:
     """The error of one item, or of one part of a reply."""
     status = _CODES.get(item.code, "UNKNOWN")
+    metadata = dict(item.metadata)
     row = REASONS.get(item.reason)
-    remedy = row.remedy if row else ""
+    remedy = metadata.pop("remedy", "") or (row.remedy if row else "")
     message = item.message.removesuffix(remedy).rstrip()
-    return make(status, item.reason, message, dict(item.metadata), [], item.retry_after_ms or None, remedy)
+    fields = [(metadata["field"], message)] if "field" in metadata else []
+    return make(status, item.reason, message, metadata, fields, item.retry_after_ms or None, remedy)
 
 
 def make(
@@ -181,7 +191,10 @@ class Attempts:
         """How long to wait before the call is tried again, where `route` now says. Raises SessiondError where it is
         not.
         """
-        failure = failure_of(error, self._server)
+        return self.wait_after(failure_of(error, self._server), error)
+
+    def wait_after(self, failure: Failure, error: BaseException | None = None) -> float:
+        """As wait_s, of a failure that was told otherwise, by an item of a batch. error: its cause, if there is one."""
         now = time.monotonic()
         reason = failure.error.reason
         if self.route.redirected(failure.error):

@@ -16,6 +16,7 @@ from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 import grpc
 
+from sessiond.client.batches import rounds
 from sessiond.client.calls import (
     DRAIN_S_MAX,
     TIMEOUT_S,
@@ -24,6 +25,7 @@ from sessiond.client.calls import (
     Calls,
     ChannelKey,
     Listing,
+    Many,
     PositionLike,
     Reappended,
 )
@@ -51,6 +53,16 @@ def _listing(build: Callable[Concatenate[Calls, P], Listing[Item]]) -> Callable[
     @functools.wraps(build)
     def method(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> Pages[Item]:
         return Pages(self, build(self.calls, *args, **kwargs))
+
+    return method
+
+
+def _many(
+    build: Callable[Concatenate[Calls, P], Many[Reply]],
+) -> Callable[Concatenate[Client, P], list[Reply | SessiondError]]:
+    @functools.wraps(build)
+    def method(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> list[Reply | SessiondError]:
+        return self.run_many(build(self.calls, *args, **kwargs))
 
     return method
 
@@ -174,6 +186,32 @@ class Client:
             if wait_s:
                 time.sleep(wait_s)
 
+    def run_many(self, many: Many[Reply]) -> list[Reply | SessiondError]:
+        """Send calls together, and repeat those for which that is safe, within the deadline; what became of each."""
+        steps = rounds(self.calls, many)
+        replies: list[Any] = []
+        try:
+            step = next(steps)
+            while True:
+                if step.wait_s:
+                    time.sleep(step.wait_s)
+                replies = []
+                sent = [
+                    getattr(self._channels.stub("SessionService", sending.key), sending.method).future(
+                        sending.request, timeout=sending.timeout_s, metadata=sending.metadata
+                    )
+                    for sending in step.sendings
+                ]
+                for future in sent:
+                    try:
+                        replies.append(future.result())
+                    except grpc.RpcError as error:
+                        replies.append(error)
+                step = steps.send(replies)
+        except StopIteration as end:
+            outcomes: list[Reply | SessiondError] = end.value
+            return outcomes
+
     create_session = _unary(Calls.create_session)
     get_session = _unary(Calls.get_session)
     list_sessions = _listing(Calls.list_sessions)
@@ -184,6 +222,8 @@ class Client:
     warm_session = _unary(Calls.warm_session)
     resume = _unary(Calls.resume)
     append = _unary(Calls.append)
+    resume_many = _many(Calls.resume_many)
+    append_many = _many(Calls.append_many)
     list_turns = _listing(Calls.list_turns)
     list_turns_page = _unary(Calls.list_turns_page)
     list_checkpoints = _unary(Calls.list_checkpoints)

@@ -46,9 +46,9 @@ class CallCounts:
 
     counts: Counter[tuple[str, str, str]] = field(default_factory=Counter)
 
-    def add(self, method: str, status: str, reason: str) -> None:
-        """Count one call."""
-        self.counts[(method, status, reason)] += 1
+    def add(self, method: str, status: str, reason: str, count: int = 1) -> None:
+        """Count one call, or so many items of one."""
+        self.counts[(method, status, reason)] += count
 
 
 def resident_bytes() -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import errno
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from typing import Any, Final
 
 import grpc
@@ -26,6 +27,7 @@ from sessiond.service.ownership import Call, OwnedElsewhere
 from sessiond.service.router import Refused, Router
 from sessiond.service.sessions import Sessions
 from sessiond.service.watch import WATCH, Watches
+from sessiond.transport.batched import APPENDS, RESUMES, Batched
 from sessiond.transport.peers import Credentials
 from sessiond.transport.status import DETAILS_KEY, status_code, status_proto
 from sessiond.transport.wire import embed, parse, reply
@@ -91,6 +93,9 @@ class Server:
         self._watches: Watches | None = None
         # What of the calls is answered from the hot tier alone; None while nothing is.
         self.hot_path: HotPath | None = None
+        self._batched = Batched(
+            self._answering, self._internal, lambda raw, tenant: None, self, calls, clock_ms, request_bytes_max
+        )
         self._watch: asyncio.Task[None] | None = None
         self._started = False
         # What a node that starts says it waits for.
@@ -203,7 +208,12 @@ class Server:
         return call
 
     def _call(self, name: str) -> Any:
-        own = {"Forward": self._forward, "Rescue": self._take_rescued}.get(name)
+        own = {
+            "Forward": self._forward,
+            "Rescue": self._take_rescued,
+            RESUMES: self._resume_many,
+            APPENDS: self._append_many,
+        }.get(name)
 
         async def call(raw: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
             self._in_flight += 1
@@ -214,15 +224,7 @@ class Server:
                     raise Exhausted("OVERLOADED", f"{self._calls_max} calls are being answered.")
                 if own is not None:
                     return await own(raw, context)
-                served = self._unary.get(name)
-                if served is None:
-                    raise self._not_served(name)
-                kind, work = served
-                request = parse(kind, raw, self._request_bytes_max)
-                if name in FORWARDED and self._router is not None:
-                    answer = await self._router.call(name, self._caller(context), request, raw, _replied(work))
-                else:
-                    answer = reply(await work(self._caller(context), request))
+                answer = await self._answer(name, self._caller(context), raw)
             except Refused as refused:
                 # Said by the session's owner: passed on as it came.
                 status = status_pb2.Status.FromString(refused.status)
@@ -248,6 +250,40 @@ class Server:
             return answer
 
         return call
+
+    async def _answer(self, name: str, caller: Call, raw: bytes) -> bytes:
+        """A unary call's reply, by whichever node. Raises SessiondError."""
+        served = self._unary.get(name)
+        if served is None:
+            raise self._not_served(name)
+        kind, work = served
+        request = parse(kind, raw, self._request_bytes_max)
+        if name in FORWARDED and self._router is not None:
+            return await self._router.call(name, caller, request, raw, _replied(work))
+        return reply(await work(caller, request))
+
+    def _answering(self, name: str) -> Callable[[Call, bytes], Awaitable[bytes]]:
+        return partial(self._answer, name)
+
+    async def _resume_many(self, raw: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
+        if self._node is None:
+            raise self._not_served(RESUMES)
+        return await self._batched.resume(self._caller(context), raw)
+
+    async def _append_many(self, raw: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
+        if self._node is None:
+            raise self._not_served(APPENDS)
+        return await self._batched.append(self._caller(context), raw)
+
+    def widen(self, wanted: int) -> int:
+        """As batches.Places says."""
+        taken = max(0, min(wanted, self._calls_max - self._in_flight))
+        self._in_flight += taken
+        return taken
+
+    def narrow(self) -> None:
+        """As batches.Places says."""
+        self._in_flight -= 1
 
     def _stream(self, name: str) -> Any:
         async def call(raw: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> AsyncIterator[bytes]:

@@ -9,6 +9,8 @@ from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2
 
 from sessiond.errors import REASONS, SessiondError
+from sessiond.service.router import Refused
+from sessiond.v1 import session_pb2
 
 DOMAIN: Final = "sessiond"
 DETAILS_KEY: Final = "grpc-status-details-bin"
@@ -54,6 +56,20 @@ def status_proto(error: SessiondError) -> status_pb2.Status:
     code = status_code(error).value[0]
     message = f"{_cut(error.message, _MESSAGE_BYTES_MAX)} {error.remedy}".strip()
     return status_pb2.Status(code=code, message=message, details=packed)
+
+
+def item_error(error: SessiondError) -> session_pb2.ItemError:
+    """The refusal of one item of a batch, in the words of a single call's; also where another node said it."""
+    status = status_pb2.Status.FromString(error.status) if isinstance(error, Refused) else status_proto(error)
+    item = session_pb2.ItemError(code=status.code, message=status.message)
+    info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+    for detail in status.details:
+        if detail.Unpack(info):
+            item.reason = info.reason
+            item.metadata.update(info.metadata)
+        elif detail.Unpack(retry):
+            item.retry_after_ms = retry.retry_delay.ToMilliseconds()
+    return item
 
 
 def _cut(text: str, bytes_max: int = _VALUE_BYTES_MAX) -> str:

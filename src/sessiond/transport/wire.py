@@ -84,6 +84,31 @@ def _delimited(raw: bytes) -> Iterator[tuple[int, bytes]]:
             at += size
         else:
             raise ValueError
+        if not tag >> 3 or at > len(raw):
+            raise ValueError
+
+
+def split(kind: type[Message], field: str, raw: bytes, bytes_max: int) -> list[bytes]:
+    """The bytes of each message of a repeated field, in order; none of them is parsed. Raises as `parse` does."""
+    number = kind.DESCRIPTOR.fields_by_name[field].number
+    if len(raw) <= bytes_max:
+        try:
+            return [payload for found, payload in _delimited(raw) if found == number]
+        except ValueError:
+            pass  # no message at all, or one with a group of some other contract
+    return [item.SerializeToString() for item in getattr(parse(kind, raw, bytes_max), field)]
+
+
+def text(kind: type[Message], field: str, raw: bytes) -> bytes:
+    """A text field's bytes as a parser would find them; empty where it is unset, or where the bytes are no message."""
+    number, value = kind.DESCRIPTOR.fields_by_name[field].number, b""
+    try:
+        for found, payload in _delimited(raw):
+            if found == number:
+                value = payload
+    except ValueError:
+        return b""
+    return value
 
 
 def _varint(raw: bytes, at: int) -> tuple[int, int]:
@@ -101,13 +126,18 @@ def _varint(raw: bytes, at: int) -> tuple[int, int]:
 
 def embed(number: int, payload: bytes) -> bytes:
     """A message field's bytes: tag, length, payload."""
+    return head(number, len(payload)) + payload
+
+
+def head(number: int, size: int) -> bytes:
+    """What stands before a message field's payload of so many bytes: tag, length."""
     head = bytearray()
-    for value in (number << 3 | 2, len(payload)):
+    for value in (number << 3 | 2, size):
         while value > 0x7F:
             head.append(value & 0x7F | 0x80)
             value >>= 7
         head.append(value)
-    return bytes(head) + payload
+    return bytes(head)
 
 
 def reply(message: Any) -> bytes:
