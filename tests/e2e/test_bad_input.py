@@ -31,6 +31,8 @@ SERVED = {
     "DeleteSession",
     "ResumeSession",
     "AppendTurn",
+    "BatchResumeSessions",
+    "BatchAppendTurns",
     "ListTurns",
     "ListCheckpoints",
     "ListOrphans",

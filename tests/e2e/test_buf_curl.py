@@ -179,6 +179,10 @@ def test_a_refusal_shows_its_details(buf: BufCurl, session: str) -> None:
     code, error, _ = buf.refusal("AppendTurn", {"sessionId": session, "turns": [turn], "expected": {"seq": "77"}})
     assert (code, error["code"]) == (ABORTED, "aborted")
     code, error, details = buf.refusal("BatchResumeSessions", {})
+    assert (code, error["code"]) == (INVALID_ARGUMENT, "invalid_argument")
+    assert error_details_pb2.ErrorInfo.FromString(details["google.rpc.ErrorInfo"]).reason == "INVALID_BATCH"
+    spec = {"budgetTokens": 1000, "strategy": "STRATEGY_SUMMARY"}
+    code, error, details = buf.refusal("ResumeSession", {"sessionId": session, "context": spec})
     assert (code, error["code"]) == (UNIMPLEMENTED, "unimplemented")
     assert error_details_pb2.ErrorInfo.FromString(details["google.rpc.ErrorInfo"]).reason == "NOT_SERVED_YET"
 

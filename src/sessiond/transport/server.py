@@ -27,7 +27,7 @@ from sessiond.service.ownership import Call, OwnedElsewhere
 from sessiond.service.router import Refused, Router
 from sessiond.service.sessions import Sessions
 from sessiond.service.watch import WATCH, Watches
-from sessiond.transport.batched import APPENDS, RESUMES, Batched
+from sessiond.transport.batched import ITEMS, RESUMES, Batched
 from sessiond.transport.peers import Credentials
 from sessiond.transport.status import DETAILS_KEY, status_code, status_proto
 from sessiond.transport.wire import embed, parse, reply
@@ -208,12 +208,7 @@ class Server:
         return call
 
     def _call(self, name: str) -> Any:
-        own = {
-            "Forward": self._forward,
-            "Rescue": self._take_rescued,
-            RESUMES: self._resume_many,
-            APPENDS: self._append_many,
-        }.get(name)
+        own = {"Forward": self._forward, "Rescue": self._take_rescued}.get(name)
 
         async def call(raw: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
             self._in_flight += 1
@@ -253,6 +248,9 @@ class Server:
 
     async def _answer(self, name: str, caller: Call, raw: bytes) -> bytes:
         """A unary call's reply, by whichever node. Raises SessiondError."""
+        if name in ITEMS and self._node is not None:
+            batch = self._batched.resume if name == RESUMES else self._batched.append
+            return await batch(caller, raw)
         served = self._unary.get(name)
         if served is None:
             raise self._not_served(name)
@@ -264,16 +262,6 @@ class Server:
 
     def _answering(self, name: str) -> Callable[[Call, bytes], Awaitable[bytes]]:
         return partial(self._answer, name)
-
-    async def _resume_many(self, raw: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
-        if self._node is None:
-            raise self._not_served(RESUMES)
-        return await self._batched.resume(self._caller(context), raw)
-
-    async def _append_many(self, raw: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
-        if self._node is None:
-            raise self._not_served(APPENDS)
-        return await self._batched.append(self._caller(context), raw)
 
     def widen(self, wanted: int) -> int:
         """As batches.Places says."""
