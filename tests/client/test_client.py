@@ -915,8 +915,10 @@ def test_the_examples_of_the_guide_run_one_after_the_other(
     assert "What is my name?" in said[1]
     assert said[2].startswith("4 ")
     assert said[3] == "[1, 2, 3, 4]"
-    assert said[4].startswith("SESSION_NOT_FOUND {'session_id': 'no-such-session'}")
-    assert said[5] == "Lisbon, Porto"
+    assert said[4:7] == ["[{'role': 'user', 'content': 'Hello'}]"] * 3
+    assert said[7].startswith("There is no session 'no-such-session'.")
+    assert said[8].startswith("SESSION_NOT_FOUND {'session_id': 'no-such-session'}")
+    assert said[9] == "Lisbon, Porto"
 
 
 # sessiond.testing ------------------------------------------------------------------------------------------------
