@@ -94,7 +94,7 @@ class Server:
         # What of the calls is answered from the hot tier alone; None while nothing is.
         self.hot_path: HotPath | None = None
         self._batched = Batched(
-            self._answering, self._internal, lambda raw, tenant: None, self, calls, clock_ms, request_bytes_max
+            self._answering, self._internal, self._resume_hot, self, calls, clock_ms, request_bytes_max
         )
         self._watch: asyncio.Task[None] | None = None
         self._started = False
@@ -196,16 +196,19 @@ class Server:
         general = self._call("ResumeSession")
 
         async def call(raw: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
-            hot_path = self.hot_path
             # Nothing is awaited, so that it counts among no calls that wait.
-            if hot_path is not None and self._in_flight < self._calls_max:
-                answer = hot_path.resume(raw, TENANT)
+            if self._in_flight < self._calls_max:
+                answer = self._resume_hot(raw, TENANT)
                 if answer is not None:
                     self._calls.add("ResumeSession", "OK", "")
                     return answer
             return bytes(await general(raw, context))
 
         return call
+
+    def _resume_hot(self, raw: bytes, tenant: str) -> bytes | None:
+        """A resume's reply if the hot path has one."""
+        return None if self.hot_path is None else self.hot_path.resume(raw, tenant)
 
     def _call(self, name: str) -> Any:
         own = {"Forward": self._forward, "Rescue": self._take_rescued}.get(name)
