@@ -31,7 +31,7 @@ RELEASED := proto/released/sessiond.v1.binpb
 protoc = $(PY) -m grpc_tools.protoc -Iproto --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) $(PROTOS)
 
 # Tools call each other by name (cython-lint calls pycodestyle), and tests call buf, helm and weed.
-run test torture bench coverage check: private export PATH := $(CURDIR)/$(BIN):$(PATH)
+run test torture bench bench-quick bench-nodes soak coverage check: private export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 # say,<what happens>: the line before a step.   fail,<what went wrong>,<remedy>: the lines after one that failed.
 # Bold only on a terminal, where make says that there is one.
@@ -110,19 +110,64 @@ torture: build ## Runs the tests that take hours: kills and faults by the hundre
 	@$(PY) -m tests.sim --torture --state build/sim/torture.json --minutes $(MINUTES) \
 	|| $(call fail,a simulated world broke an invariant.,the lines above name the seed and the command that replays it)
 
-BENCH_FLAGS := --benchmark-only --benchmark-columns=min,median,max,ops,rounds --benchmark-sort=name
+BENCH := $(PY) -m pytest bench -s -o faulthandler_timeout=0 --benchmark-only --benchmark-sort=name \
+	--benchmark-columns=min,median,max,ops,rounds
+# Only to see that the cases work.
+BENCH_QUICK := --quick --benchmark-min-rounds=1 --benchmark-max-time=0.1 --benchmark-warmup=off --benchmark-disable-gc
+FIGURES := build/bench/ratios.json
+PEERS := build/bench/peers
+
+# The peers have an environment of their own: what they bring must not meet what the daemon or its tests use. Without
+# them (no network) the benchmarks run, and say of each peer that it is missing.
+$(PEERS)/.installed: $(VENV)/.created pyproject.toml
+	@$(call say,Installing the peers that sessiond is compared with into $(PEERS))
+	@mkdir -p build/bench && rm -rf $(PEERS)
+	@$(PY) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["bench"], sep="\n")' > build/bench/peers.txt
+	@{ { $(PY) -m venv --without-pip $(PEERS) \
+	&& $(PY) -m pip --python $(PEERS)/bin/python install --disable-pip-version-check --quiet -r build/bench/peers.txt; } \
+	> build/bench/peers.log 2>&1 && touch $@; } \
+	|| { rm -rf $(PEERS); tail -3 build/bench/peers.log; printf '    the peers could not be installed: the benchmarks run without them\n'; }
+
+# A whole run writes bench/RESULTS.md, RESULTS.json and plots, also where a case failed; a part of it only prints.
+.PHONY: bench
 ifdef SMOKE
-BENCH_FLAGS += -m "not full" --benchmark-min-rounds=1 --benchmark-max-time=0.1 --benchmark-warmup=off --benchmark-disable-gc
+bench: bench-quick
 else
-BENCH_FLAGS += --benchmark-json=build/bench/latest.json
+bench: build $(PEERS)/.installed ## Runs the benchmarks with their peers, half an hour, and writes bench/RESULTS.md and its plots
+	@$(call say,The benchmarks)
+	@mkdir -p build/bench
+	@failed=; $(BENCH) -m "not nodes" --benchmark-json=build/bench/latest.json $(ARGS) || failed=yes; \
+	$(if $(ARGS),,if [ -x $(PEERS)/bin/python ]; then PYTHONPATH=. $(PEERS)/bin/python -m bench.plots $(FIGURES) bench/plots; fi; \
+	$(PY) -m bench.report $(FIGURES) bench;) \
+	[ -z "$$failed" ] || $(call fail,a benchmark failed.,one alone: make bench ARGS=-kNAME)
 endif
 
-.PHONY: bench
-bench: build ## Runs the benchmarks, each with its ratio (SMOKE=1: briefly, only to see that they work)
-	@$(call say,The benchmarks$(if $(SMOKE), - briefly: the figures mean nothing))
+.PHONY: bench-quick
+bench-quick: build ## Runs every benchmark briefly, only to see that it works: no threshold, and its figures mean nothing
+	@$(call say,The benchmarks - briefly: the figures mean nothing)
 	@mkdir -p build/bench
-	@$(PY) -m pytest bench -s -o faulthandler_timeout=0 $(BENCH_FLAGS) $(ARGS) \
-	|| $(call fail,a benchmark failed.,one alone: make bench ARGS=-kNAME)
+	@$(BENCH) $(BENCH_QUICK) $(ARGS) || $(call fail,a benchmark failed.,one alone: make bench-quick ARGS=-kNAME)
+	@$(PY) -m bench.report build/bench/ratios-quick.json build/bench/quick
+
+.PHONY: bench-nodes
+bench-nodes: build ## Runs the benchmarks of several nodes, crowds and watchers: a quarter of an hour
+	@$(call say,Benchmarks of several nodes and thousands of watchers)
+	@mkdir -p build/bench
+	@$(BENCH) -m nodes --ratios build/bench/nodes.json $(ARGS) \
+	|| $(call fail,a benchmark failed.,one alone: make bench-nodes ARGS=-kNAME)
+
+.PHONY: soak
+soak: build ## Mixed load for 30 minutes (MINUTES=5 for five): are memory, file size and latency flat?
+	@$(call say,Mixed load)
+	@mkdir -p build/bench
+	@$(PY) -m bench.soak --minutes $(if $(filter file,$(origin MINUTES)),30,$(MINUTES)) --out build/bench/soak.json $(ARGS) \
+	|| $(call fail,the soak run failed.,the lines above say which call or check)
+	@if [ -x $(PEERS)/bin/python ]; then PYTHONPATH=. $(PEERS)/bin/python -m bench.plots build/bench/soak.json build/bench; fi
+
+.PHONY: profile
+profile: build ## Shows where the time of a resume and of an append goes
+	@$(call say,Where the time goes)
+	@$(PY) -m bench.where $(ARGS)
 
 .PHONY: coverage
 coverage: build ## Measures which lines the tests reach, daemons that they start included

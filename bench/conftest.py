@@ -54,11 +54,32 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in left_out]
 
 
+def _path(config: pytest.Config) -> Path:
+    return Path(config.getoption("--ratios") or config.rootpath / (QUICK_RESULTS if _is_quick(config) else RESULTS))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+    report = yield
+    ledger = item.config.stash[_LEDGER]
+    if report.failed:
+        # Its kind only: what it says may name paths of this machine, and stands in the output.
+        ledger.failed.append(f"{item.name} ({report.when}): {call.excinfo.typename if call.excinfo else ''}")
+    elif report.skipped:
+        ledger.leave_out(item.name, str(call.excinfo.value) if call.excinfo else "")
+    elif report.when == "call":
+        ledger.passed += 1
+    # After every case, so that a run that is killed in its last one has lost nothing but that.
+    if report.when == "teardown":
+        ledger.save(_path(item.config))
+    return report
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     ledger = config.stash[_LEDGER]
-    if not ledger.ratios and not ledger.notes:
+    if not ledger.ratios and not ledger.notes and not ledger.failed and not ledger.left_out:
         return
-    path = Path(config.getoption("--ratios") or config.rootpath / (QUICK_RESULTS if ledger.quick else RESULTS))
+    path = _path(config)
     ledger.save(path)
     quick = " (quick: the figures mean nothing)" if ledger.quick else ""
     terminalreporter.section(f"ratios{quick}")
@@ -66,6 +87,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.write_line(line)
     for case, text in ledger.notes:
         terminalreporter.write_line(f"{case}: {text}")
+    for case, why in ledger.left_out:
+        terminalreporter.write_line(f"{case}: not run: {why}")
     terminalreporter.write_line(f"compiled core: {core.COMPILED}; written to {path}")
 
 

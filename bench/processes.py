@@ -20,9 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from bench import wire
+from bench.servers import Missing
 from sessiond.testing import HOST, free_port
 
 ROOT = Path(__file__).resolve().parents[1]
+# The environment that `make bench` makes for the peers.
+PEERS_PYTHON = "build/bench/peers/bin/python"
 # Longer than any run of the load generator.
 ANSWER_S_MAX = 300.0
 # Above every number that setting up uses: a turn_id that was used with other content is refused.
@@ -70,6 +73,72 @@ def running_bare(reply: bytes, env: dict[str, str] | None = None, probe: bytes =
         finally:
             process.kill()
             process.wait()
+
+
+class Peers:
+    """The process of the peers, in the environment that `make bench` makes for them.
+
+    Raises Missing where that environment is not there.
+    """
+
+    def __init__(self) -> None:
+        python = Path(os.environ.get("BENCH_PEERS_PYTHON") or ROOT / PEERS_PYTHON)
+        if not python.exists():
+            raise Missing("the peers' packages are missing; make bench installs them")
+        self._process = subprocess.Popen(
+            # Only the folder of the benchmarks on the path: nothing of the daemon is imported there.
+            [str(python), "-m", "bench.peers"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "LANGSMITH_TRACING": "false", "OPENAI_API_KEY": "none"},
+            cwd=ROOT,
+            text=True,
+        )
+        try:
+            self.versions: dict[str, str] = self._answer()
+        except BaseException:
+            self.close()
+            raise
+
+    def fill(self, peer: str, turns: int, texts: Path, where: dict[str, Any]) -> None:
+        """Make a session of so many turns."""
+        done = self._ordered({"fill": peer, "turns": turns, "texts": str(texts), "where": where})
+        assert done["turns"] == turns
+
+    def read(self, peer: str, turns: int, budget: int, calls: int, seconds: float) -> dict[str, Any]:
+        """Read it: as `bench.peers` says."""
+        return self._ordered({"read": peer, "turns": turns, "budget": budget, "calls": calls, "seconds": seconds})
+
+    def _ordered(self, order: dict[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        watch = threading.Timer(ANSWER_S_MAX, self._process.kill)
+        watch.start()
+        try:
+            line = self._process.stdout.readline()
+        finally:
+            watch.cancel()
+            watch.join()
+        if not line:
+            raise RuntimeError("the peers' process ended; its error stands above")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.communicate()
+
+    def __enter__(self) -> Peers:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
 
 class Load:

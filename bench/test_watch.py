@@ -30,6 +30,7 @@ CONNECTIONS = 20
 IDLE_S = 30.0
 WATCH = wire.SERVICE + "WatchSession"
 STAMP_DIGITS = 19
+pytestmark = pytest.mark.nodes
 
 
 class Watching:
