@@ -11,7 +11,13 @@ a grpcio client in Python takes as much CPU per call as the server, and on two c
     connections        callers are dealt out over so many connections
     callers            calls that are under way at any time
 
-and its answer: calls, seconds, p50_s, p99_s, cpu_s of this process. With `crowd` every body is sent once, all of them
+and its answer: calls, seconds, p50_s, p99_s, max_s, bytes, cpu_s of this process. Optionally
+
+    each               true: call k sends bodies[k % len], whoever makes it; with as many calls as bodies, each once
+    for_s              ends after so many seconds instead of so many calls
+    per_s              calls are begun at this rate, however many are under way; times are then since each was due
+
+With `crowd` every body is sent once, all of them
 as soon as the port takes a connection, and again after `retry_ms` where it was refused; times are then since the port
 opened, and the answer also has refused, max_s and bytes.
 """
@@ -19,11 +25,13 @@ opened, and the answer also has refused, max_s and bytes.
 from __future__ import annotations
 
 import json
+import math
 import selectors
 import socket
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 DIGITS = 12
@@ -76,7 +84,7 @@ class Connection:
         self.received = self.total = 0
         self.rest = b""
         self.under_way: dict[int, list[Any]] = {}  # stream -> [caller, when it was sent, bytes that came]
-        self.waiting: deque[tuple[int, bytes]] = deque()
+        self.waiting: deque[tuple[int, bytes, float | None]] = deque()
         # Callers whose calls were refused; None where a refusal ends the run.
         self.refused: list[int] | None = None
         self.socket.sendall(
@@ -93,15 +101,15 @@ class Connection:
         if row is not None:
             self.refused.append(row[0])
 
-    def call(self, caller: int, message: bytes) -> bytes:
-        """The frames of one call, or nothing while the server's window has no room for it."""
+    def call(self, caller: int, message: bytes, since: float | None = None) -> bytes:
+        """The frames of one call, or nothing while the server's window has no room for it. since: it was due then."""
         size = len(message) + 5
         if self.window < size:
-            self.waiting.append((caller, message))
+            self.waiting.append((caller, message, since))
             return b""
         self.window -= size
         stream, self.next_stream = self.next_stream, self.next_stream + 2
-        self.under_way[stream] = [caller, time.perf_counter(), 0]
+        self.under_way[stream] = [caller, time.perf_counter() if since is None else since, 0]
         body = b"\0" + len(message).to_bytes(4, "big") + message
         return frame(HEADERS, END_HEADERS, stream, self.headers) + frame(DATA, END_STREAM, stream, body)
 
@@ -165,49 +173,101 @@ class Generator:
             self.kept[where] = [Connection(order["port"], order["path"]) for _ in range(order["connections"])]
         connections = self.kept[where]
         bodies = [bytes.fromhex(body) for body in order["bodies"]]
-        counter_at, number = order["counter_at"], order["first"]
-        total, begun = order["calls"], 0
-        seconds: list[float] = []
+        counter_at, number, each = order["counter_at"], order["first"], order.get("each", False)
+        begun = 0
 
         def message(caller: int) -> bytes:
-            nonlocal number
-            body, at = bodies[caller % len(bodies)], counter_at[caller % len(bodies)]
+            nonlocal begun, number
+            which = (begun if each else caller) % len(bodies)
+            body, at = bodies[which], counter_at[which]
+            begun += 1
             if at < 0:
                 return body
             number += 1
             return body[:at] + b"%012d" % number + body[at + DIGITS :]
 
+        came = sum(connection.total for connection in connections)
+        cpu, started = time.process_time(), time.perf_counter()
         with selectors.DefaultSelector() as selector:
             for connection in connections:
                 selector.register(connection.socket, selectors.EVENT_READ, connection)
-            cpu, started = time.process_time(), time.perf_counter()
-            for caller in range(min(order["callers"], total)):
-                connection = connections[caller % len(connections)]
-                connection.socket.sendall(connection.call(caller, message(caller)))
-                begun += 1
-            while len(seconds) < total:
-                ready = selector.select(IDLE_S_MAX)
-                if not ready:
-                    raise RuntimeError(f"no answer for {IDLE_S_MAX} s")
-                for key, _ in ready:
-                    ended, out = key.data.receive()
-                    pieces = [out] if out else []
-                    for caller, took in ended:
-                        seconds.append(took)
-                        if begun < total:
-                            begun += 1
-                            pieces.append(key.data.call(caller, message(caller)))
-                    if pieces:
-                        key.data.socket.sendall(b"".join(pieces))
-            took, cpu = time.perf_counter() - started, time.process_time() - cpu
+            work = self._paced if "per_s" in order else self._closed
+            seconds = work(order, connections, selector, message)
+        took, cpu = time.perf_counter() - started, time.process_time() - cpu
         seconds.sort()
+        done = len(seconds)
         return {
-            "calls": total,
+            "calls": done,
             "seconds": took,
-            "p50_s": seconds[(total - 1) // 2],
-            "p99_s": seconds[(total * 99 - 1) // 100],
+            "p50_s": seconds[(done - 1) // 2],
+            "p99_s": seconds[(done * 99 - 1) // 100],
+            "max_s": seconds[-1],
+            "bytes": sum(connection.total for connection in connections) - came,
             "cpu_s": cpu,
         }
+
+    def _closed(
+        self,
+        order: dict[str, Any],
+        connections: list[Connection],
+        selector: selectors.BaseSelector,
+        message: Callable[[int], bytes],
+    ) -> list[float]:
+        """Seconds of each call, where a caller begins its next call when the last one has ended."""
+        total = order.get("calls", sys.maxsize)
+        until = time.perf_counter() + order.get("for_s", math.inf)
+        begun = min(order["callers"], total)
+        seconds: list[float] = []
+        for caller in range(begun):
+            connection = connections[caller % len(connections)]
+            connection.socket.sendall(connection.call(caller, message(caller)))
+        while len(seconds) < begun:
+            ready = selector.select(IDLE_S_MAX)
+            if not ready:
+                raise RuntimeError(f"no answer for {IDLE_S_MAX} s")
+            for key, _ in ready:
+                ended, out = key.data.receive()
+                pieces = [out] if out else []
+                for caller, took in ended:
+                    seconds.append(took)
+                    if begun < total and (until == math.inf or time.perf_counter() < until):
+                        begun += 1
+                        pieces.append(key.data.call(caller, message(caller)))
+                if pieces:
+                    key.data.socket.sendall(b"".join(pieces))
+        return seconds
+
+    def _paced(
+        self,
+        order: dict[str, Any],
+        connections: list[Connection],
+        selector: selectors.BaseSelector,
+        message: Callable[[int], bytes],
+    ) -> list[float]:
+        """Seconds since each call was due, where calls are due at a rate, whatever becomes of those before."""
+        per_s = order["per_s"]
+        total = order["calls"] if "calls" in order else math.ceil(order["for_s"] * per_s)
+        started = heard = time.perf_counter()
+        begun = 0
+        seconds: list[float] = []
+        while len(seconds) < total:
+            now = time.perf_counter()
+            while begun < total and started + begun / per_s <= now:
+                connection = connections[begun % len(connections)]
+                connection.socket.sendall(connection.call(begun, message(begun), started + begun / per_s))
+                begun += 1
+            due = started + begun / per_s if begun < total else now + IDLE_S_MAX
+            ready = selector.select(max(0.0, due - now))
+            if ready:
+                heard = now
+            elif len(seconds) < begun and now - heard > IDLE_S_MAX:
+                raise RuntimeError(f"no answer for {IDLE_S_MAX} s")
+            for key, _ in ready:
+                ended, out = key.data.receive()
+                seconds += [took for _, took in ended]
+                if out:
+                    key.data.socket.sendall(out)
+        return seconds
 
     def crowd(self, order: dict[str, Any]) -> dict[str, float]:
         """Everybody at once: one call of each body as soon as the port is open, and again where it is refused."""

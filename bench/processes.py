@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import wire
+from bench import talk, wire
 from bench.servers import Missing
 from sessiond.testing import HOST, free_port
+from sessiond.v1 import session_pb2
 
 ROOT = Path(__file__).resolve().parents[1]
 # The environment that `make bench` makes for the peers.
@@ -30,6 +31,8 @@ PEERS_PYTHON = "build/bench/peers/bin/python"
 ANSWER_S_MAX = 300.0
 # Above every number that setting up uses: a turn_id that was used with other content is refused.
 FIRST_NUMBER = 1_000_000
+CALLS_MAX = 10_000_000
+MADE_AT_ONCE = 5000
 
 
 def environment() -> dict[str, str]:
@@ -144,10 +147,11 @@ class Peers:
 class Load:
     """The load generator: one process for both sides, so that both are driven the same way."""
 
-    def __init__(self, callers: int, connections: int) -> None:
+    def __init__(self, callers: int, connections: int, first: int = FIRST_NUMBER) -> None:
+        """first: of the numbers that calls get; generators that write to the same sessions start far apart."""
         self._callers = callers
         self._connections = connections
-        self._first = FIRST_NUMBER
+        self._first = first
         self._process = subprocess.Popen(
             [sys.executable, "-m", "bench.load"],
             stdin=subprocess.PIPE,
@@ -158,21 +162,52 @@ class Load:
         )
 
     def run(
-        self, address: str, path: str, calls: int, bodies: list[bytes], counter_at: list[int] | None = None
+        self,
+        address: str,
+        path: str,
+        calls: int,
+        bodies: list[bytes],
+        counter_at: list[int] | None = None,
+        **more: float,
     ) -> dict[str, float]:
-        """One run; the generator's answer."""
+        """One run; the generator's answer. calls: 0 where `for_s` ends it. more: as `bench.load` says."""
         order = {
             "port": int(address.rpartition(":")[2]),
             "path": path,
-            "calls": calls,
             "bodies": [body.hex() for body in bodies],
             "counter_at": counter_at or [-1] * len(bodies),
             "first": self._first,
             "connections": self._connections,
             "callers": self._callers,
+            **({"calls": calls} if calls else {}),
+            **more,
         }
-        self._first += calls
+        # Without a number of calls: more than any run makes.
+        self._first += calls or CALLS_MAX
         return self._ordered(order)
+
+    def begin(self, *args: Any, **more: Any) -> Future[dict[str, float]]:
+        """The same beside what this process does meanwhile."""
+        answer: Future[dict[str, float]] = Future()
+
+        def wait() -> None:
+            try:
+                answer.set_result(self.run(*args, **more))
+            except BaseException as error:
+                answer.set_exception(error)
+
+        threading.Thread(target=wait, name="load", daemon=True).start()
+        return answer
+
+    def make(self, address: str, names: list[str], turns: int, turn_bytes: int) -> None:
+        """Sessions of so many turns of so many bytes, their counts supplied: far more than a stub could make."""
+        for start in range(0, len(names), MADE_AT_ONCE):
+            part = names[start : start + MADE_AT_ONCE]
+            creates = [session_pb2.CreateSessionRequest(session_id=name).SerializeToString() for name in part]
+            self.run(address, wire.CREATE, len(part), creates, each=True)
+            said = [talk.turn(number, turn_bytes=turn_bytes) for number in range(1, turns + 1)]
+            appends = [session_pb2.AppendTurnRequest(session_id=name, turns=said).SerializeToString() for name in part]
+            self.run(address, wire.APPEND, len(part), appends, each=True)
 
     def crowd(self, address: str, path: str, bodies: list[bytes], retry_ms: int) -> Future[dict[str, float]]:
         """Everybody at once, as soon as the address can be connected to; the answer comes when all have theirs.

@@ -41,12 +41,12 @@ def text(number: int, size_bytes: int = TURN_BYTES) -> str:
     return " ".join(words)[:size_bytes]
 
 
-def turn(number: int, supplied: bool = True) -> turn_pb2.TurnInput:
+def turn(number: int, supplied: bool = True, turn_bytes: int = TURN_BYTES) -> turn_pb2.TurnInput:
     """Turn `number` of a session, from 1: odd ones the user's, even ones the assistant's. supplied: with its counts."""
     made = turn_pb2.TurnInput(
         turn_id=f"turn-{number:012d}", role=turn_pb2.ROLE_USER if number % 2 else turn_pb2.ROLE_ASSISTANT
     )
-    made.message.parts.add(text=text(number % 97))
+    made.message.parts.add(text=text(number % 97, turn_bytes))
     for encoding in ENCODINGS if supplied else ():
         made.supplied_tokens.add(encoding=encoding, tokens=TURN_TOKENS)
     return made

@@ -28,6 +28,9 @@ OPTIONS = [
 SERVICE = "/sessiond.v1.SessionService/"
 RESUME = SERVICE + "ResumeSession"
 APPEND = SERVICE + "AppendTurn"
+CREATE = SERVICE + "CreateSession"
+BATCH_RESUME = SERVICE + "BatchResumeSessions"
+BATCH_APPEND = SERVICE + "BatchAppendTurns"
 CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 
 
