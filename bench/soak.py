@@ -1,4 +1,4 @@
-"""Mixed load for a long time on one daemon: are memory, file size and latency flat? `python -m bench.soak --minutes 30`.
+"""Mixed load for a long time on one daemon: are memory, file size and latency flat? `python -m bench.soak --help`.
 
 Sessions come, hold exchanges, rest, are released and evicted, and some come back. In slices of a few seconds three
 generators make resumes, appends on the disk and appends in the cloud tier at steady rates, and between slices the

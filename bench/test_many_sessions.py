@@ -123,7 +123,7 @@ def test_restart_after_a_kill(
         assert answer == reply
         return took
 
-    rounds = size.of(15, 3)
+    rounds = size.of(15, 2)
     mine, facing = ratio.by_blocks(benchmark, ours, theirs, rounds)
     case = f"restart after SIGKILL, {len(names):,} hot sessions, folder"
     made = ledger.add(case, "exec to first resume", "process start alone", "s", mine, facing)

@@ -111,6 +111,7 @@ def test_a_rolling_restart(benchmark: Any, ledger: Any, size: Any, seaweed: Seaw
     )
 
 
+@pytest.mark.full
 def test_a_node_lost_with_its_disk(benchmark: Any, ledger: Any, size: Any, seaweed: Seaweed) -> None:
     names = [f"s{number}" for number in range(size.of(200, 10))]
     with running_cluster(seaweed, links=False, lease_ms=LEASE_MS, flush_interval_ms=1000) as cluster:
@@ -169,6 +170,7 @@ def reads(member: Member) -> dict[tuple[str, str], int]:
     return {(row.kind, row.object): row.count for row in member.status().cloud.objects}
 
 
+@pytest.mark.full
 def test_a_crowd_of_cold_sessions(benchmark: Any, ledger: Any, size: Any, seaweed: Seaweed) -> None:
     names = [f"s{number}" for number in range(size.of(1000, 50))]
     with running_cluster(seaweed, 2, links=False, lease_ms=LEASE_MS, flush_interval_ms=1000) as cluster:
