@@ -69,7 +69,7 @@ class Background:
 def test_p99_at_70_percent_of_the_peak(
     benchmark: Any, ledger: Any, size: Any, seaweed: Seaweed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rounds, seconds = size.of(5, 2), size.of(4, 1)
+    rounds, seconds = size.of(4, 1), size.of(3, 1)
     hot = [f"hot-{number}" for number in range(size.of(HOT, 8))]
     written = [f"written-{number}" for number in range(size.of(WRITTEN, 10))]
     # Two stretches a round, and a round to warm up.
