@@ -20,8 +20,6 @@ from sessiond.v1 import session_pb2
 
 # The contract's own limit, of resumes as of appends.
 ITEMS_MAX: Final = 256
-# Items of one batch that are carried out at the same time: as many as one commit takes by default.
-ITEMS_AT_ONCE_MAX: Final = 64
 # So many are begun in one turn of the loop: each checks its request and counts its tokens before it waits for anything.
 BEGUN_AT_ONCE: Final = 8
 # After so long the loop is given to other calls.
@@ -145,8 +143,9 @@ class Batch:
         """Carry out lanes of items beside each other, those of one lane one after the other."""
         if not found:
             return
-        # One place is the batch's own.
-        width = 1 + places.widen(min(len(found), ITEMS_AT_ONCE_MAX) - 1)
+        # One place is the batch's own. All lanes at once, where there are places: what waits for a node that says nothing
+        # must not keep the others from being begun.
+        width = 1 + places.widen(len(found) - 1)
         following = iter(found)
         workers = []
         try:
