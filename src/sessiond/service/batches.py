@@ -143,8 +143,8 @@ class Batch:
         """Carry out lanes of items beside each other, those of one lane one after the other."""
         if not found:
             return
-        # One place is the batch's own. All lanes at once, where there are places: what waits for a node that says nothing
-        # must not keep the others from being begun.
+        # One place is the batch's own. All lanes at once, where there are places: what waits for a node that says
+        # nothing must not keep the others from being begun.
         width = 1 + places.widen(len(found) - 1)
         following = iter(found)
         workers = []
