@@ -106,9 +106,11 @@ __all__ = [
     "encode_message",
     "find_turn_ids",
     "fit_window",
+    "fold",
     "newest_row",
     "read_frame",
     "replay",
+    "row_checked",
     "row_last",
     "row_live",
     "scan_frames",
@@ -888,6 +890,27 @@ def replay(session_hash, state, frames):
     return encode_places(places)
 
 
+def fold(session_hash, places, frames):
+    """The same on the places of a decoded state, which change where they stand; states.encode_places gives its bytes.
+
+    Raises as replay does; the places are of no use then.
+    """
+    cdef Py_buffer view
+    cdef uint32_t crc
+    cdef Py_ssize_t malformed
+    if type(places) is not list:
+        raise TypeError("a state's places are a list")
+    hash_state(session_hash, &crc)
+    take(frames, &view)
+    try:
+        malformed = malformed_place(places)
+        if malformed >= 0:
+            raise Corrupt("CORRUPT_HOT_ROW", f"Place {malformed} of a state is malformed.")
+        fold_frames(crc, places, start_of(&view), view.len)
+    finally:
+        PyBuffer_Release(&view)
+
+
 # ------------------------------------------------------------------------------------------------------------- windows
 
 
@@ -934,6 +957,25 @@ def row_last(row):
         while offset < view.len:
             start = offset
             offset = frame_end(start_of(&view), offset, view.len)
+        return load_u64(start_of(&view) + start + SEQ_OFFSET)
+    finally:
+        PyBuffer_Release(&view)
+
+
+def row_checked(session_hash, row):
+    """The seq of a row's last frame, every frame checked by every rule of `layout`. Raises Corrupt."""
+    cdef Py_buffer view
+    cdef uint32_t state
+    cdef Py_ssize_t offset = 0, start = 0, end
+    hash_state(session_hash, &state)
+    take(row, &view)
+    try:
+        if not view.len:
+            raise corrupt_frame(0, "its row is empty")
+        while offset < view.len:
+            end = frame_end(start_of(&view), offset, view.len)
+            check_frame(state, start_of(&view), offset, end)
+            start, offset = offset, end
         return load_u64(start_of(&view) + start + SEQ_OFFSET)
     finally:
         PyBuffer_Release(&view)

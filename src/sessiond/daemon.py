@@ -251,8 +251,13 @@ class Daemon:
             settings.node,
             default_budget_tokens=settings.default_budget_tokens,
             serve_unconfirmed=settings.serve_unconfirmed,
+            turn_bytes_max=settings.turn_bytes_max,
+            clock_ms=now_ms,
             expiry_ms=expiry_ms,
+            latest_ms=expiry_ms.latest_ms,
+            running_ms=expiry_ms.running_ms,
             note_resumed=partial(note_resumed, ownership, router),
+            note_appended=partial(note_appended, sessions, router),
             count_rung=sessions.count_rung,
         )
         server.serve(sessions, node, router, credentials, rescues.apply, hot.incarnation, watches)
@@ -372,6 +377,12 @@ def hold_data_dir(settings: Settings) -> int:
 def note_resumed(ownership: Ownership, router: Router, h: bytes) -> None:
     """A session was read through this node, by a caller of its own."""
     ownership.note_resumed(h)
+    router.asked_here(h)
+
+
+def note_appended(sessions: Sessions, router: Router, h: bytes, turns: int) -> None:
+    """Turns were appended through this node, by a caller of its own."""
+    sessions.turns_appended += turns
     router.asked_here(h)
 
 

@@ -516,6 +516,18 @@ def replay(session_hash: bytes, state: Buffer, frames: Buffer) -> bytes:
         places = decode_places(packed)
     except RecursionError:  # its message repeats a rule that is nested too deep to be printed
         raise Corrupt("CORRUPT_HOT_ROW", "A state nests too deep.") from None
+    fold(hash_bytes, places, content)
+    return encode_places(places)
+
+
+def fold(session_hash: bytes, places: list[Any], frames: Buffer) -> None:
+    """The same on the places of a decoded state, which change where they stand; states.encode_places gives its bytes.
+
+    Raises as replay does; the places are of no use then.
+    """
+    if type(places) is not list:
+        raise TypeError("a state's places are a list")
+    hash_bytes, content = _owned_hash(session_hash), _owned(frames)
     malformed = _malformed_place(places)
     if malformed >= 0:
         raise Corrupt("CORRUPT_HOT_ROW", f"Place {malformed} of a state is malformed.")
@@ -569,7 +581,18 @@ def replay(session_hash: bytes, state: Buffer, frames: Buffer) -> bytes:
             places[18] = [header.epoch, seq, header.time_ms]
         places[1], places[2], places[3], places[21] = seq, header.epoch, header.chain, header.time_ms
         offset = header.end
-    return encode_places(places)
+
+
+def row_checked(session_hash: bytes, row: Buffer) -> int:
+    """The seq of a row's last frame, every frame checked by every rule of `layout`. Raises Corrupt."""
+    hash_bytes, content = _owned_hash(session_hash), _owned(row)
+    if not content:
+        raise corrupt_frame(0, "its row is empty")
+    offset = seq = 0
+    while offset < len(content):
+        header = _read_frame(hash_bytes, content, offset)
+        seq, offset = header.seq, header.end
+    return seq
 
 
 def row_last(row: Buffer) -> int:

@@ -9,6 +9,7 @@ serve it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from google.protobuf.message import DecodeError
@@ -23,10 +24,11 @@ from sessiond.errors import SessiondError
 from sessiond.service import context as contexts
 from sessiond.service.context import HotSource, Standing
 from sessiond.service.ownership import INLINE_COUNT_BYTES_MAX
-from sessiond.service.prepare import Spec
+from sessiond.service.prepare import CHAIN_BYTES, Spec, check_session_id, prepare_turns
 from sessiond.tiers.hot import log
-from sessiond.tiers.hot.environment import Environment
-from sessiond.tiers.hot.rows import PHASE_OWNED, Head
+from sessiond.tiers.hot.environment import Environment, Transaction
+from sessiond.tiers.hot.log import PreparedTurn
+from sessiond.tiers.hot.rows import DURABILITY_EDGE, PHASE_OWNED, Head, decode_committed
 from sessiond.tokens import Tokenizer
 from sessiond.v1 import context_pb2, session_pb2, turn_pb2
 
@@ -36,6 +38,8 @@ REQUEST_BYTES_MAX: Final = INLINE_COUNT_BYTES_MAX
 SPECS_MAX: Final = 1024
 SPEC_BYTES_MAX: Final = 512
 
+_EDGE: Final = (turn_pb2.DURABILITY_UNSPECIFIED, turn_pb2.DURABILITY_EDGE)
+_CONFLICT_MODES: Final = frozenset(session_pb2.ConflictMode.values())
 _POLICY: Final = ("budget_tokens", "strategy", "encoding")
 
 
@@ -46,8 +50,24 @@ class LeaseView(Protocol):
     def tenure(self) -> int:
         """Rises whenever what was known of ownership before says nothing any more."""
 
+    @property
+    def lost(self) -> bool:
+        """Whether another daemon holds the node's name."""
+
     def is_valid(self) -> bool:
         """Whether no other node can have fenced this one."""
+
+
+@dataclass(slots=True)
+class Ready:
+    """An append that waits for its commit: everything that needs no lock is done. tenure: the node's at that time."""
+
+    request: session_pb2.AppendTurnRequest
+    h: bytes
+    turns: list[PreparedTurn]
+    weight_bytes: int
+    tenure: int
+    operation: Callable[[Transaction], log.Appended | None]
 
 
 class HotPath:
@@ -63,11 +83,19 @@ class HotPath:
         *,
         default_budget_tokens: int,
         serve_unconfirmed: bool,
+        turn_bytes_max: int,
+        clock_ms: Callable[[], int],
         expiry_ms: Callable[[], int],
+        latest_ms: Callable[[], int],
+        running_ms: Callable[[], int],
         note_resumed: Callable[[bytes], None],
+        note_appended: Callable[[bytes, int], None],
         count_rung: Callable[[int], None],
     ) -> None:
-        """note_resumed: told of every session that was read. count_rung: told of each reply's rung."""
+        """The clocks are those of `service.ownership.Parts`. note_resumed: told of every session that was read.
+        note_appended: told of every session that was appended to, and of how many turns. count_rung: told of each
+        context's rung.
+        """
         self._hot = hot
         self._hash_key = hash_key
         self._tokenizer = tokenizer
@@ -75,8 +103,13 @@ class HotPath:
         self._node = node
         self._default_budget_tokens = default_budget_tokens
         self._serve_unconfirmed = serve_unconfirmed
+        self._turn_bytes_max = turn_bytes_max
+        self._clock_ms = clock_ms
         self._expiry_ms = expiry_ms
+        self._latest_ms = latest_ms
+        self._running_ms = running_ms
         self._note_resumed = note_resumed
+        self._note_appended = note_appended
         self._count_rung = count_rung
         self._specs: dict[Any, Spec] = {}
 
@@ -90,7 +123,8 @@ class HotPath:
             request = session_pb2.ResumeSessionRequest.FromString(raw)
             if request.HasField("accept_missing") or request.reset_to_session_id:
                 return None
-            h = rules.session_hash(self._hash_key, tenant, request.session_id)
+            # Not only for the refusal: there are sessions that no caller can name.
+            h = rules.session_hash(self._hash_key, tenant, check_session_id(request.session_id))
             tenure = self._lease.tenure
             with self._hot.read() as transaction:
                 head = log.read_head(transaction, h)
@@ -101,11 +135,8 @@ class HotPath:
                 source = HotSource(transaction, h, head)
                 if request.HasField("highest_acked") and not _is_there(source, state, request.highest_acked):
                     return None
-                if self._lease.is_valid() and self._lease.tenure == tenure:
-                    ownership = context_pb2.OWNERSHIP_CONFIRMED
-                elif self._serve_unconfirmed:
-                    ownership = context_pb2.OWNERSHIP_UNCONFIRMED
-                else:
+                ownership = self._ownership(tenure)
+                if ownership is None:
                     return None
                 rung = context_pb2.RUNG_HOT
                 standing = Standing(rung, ownership, self._node, head.head_seq, head.cloud_seq)
@@ -117,6 +148,12 @@ class HotPath:
         self._count_rung(rung)
         self._note_resumed(h)
         return core.encode_message((1, context))
+
+    def _ownership(self, tenure: int) -> int | None:
+        """How sure this node is of what it owns, at this moment: `Ownership.standing`; None where that would refuse."""
+        if self._lease.is_valid() and self._lease.tenure == tenure:
+            return context_pb2.OWNERSHIP_CONFIRMED
+        return context_pb2.OWNERSHIP_UNCONFIRMED if self._serve_unconfirmed else None
 
     def _is_served(self, head: Head, user_id: str) -> bool:
         """Whether this node serves a session as its owner, and this caller may see it."""
@@ -140,6 +177,107 @@ class HotPath:
                 self._specs.clear()
             self._specs[key] = spec
         return spec
+
+    # Append ----------------------------------------------------------------------------------------------------------
+
+    async def append(self, raw: bytes, tenant: str) -> bytes | None:
+        """The AppendTurnResponse's wire bytes for an AppendTurnRequest's, once it is on the disk; None where the
+        general path has to answer.
+        """
+        ready = self.prepare(raw, tenant)
+        if ready is None:
+            return None
+        try:
+            done = await self._hot.run(ready.operation, ready.weight_bytes)
+        except SessiondError:
+            return None
+        return None if done is None else self.finish(ready, done)
+
+    def append_blocking(self, raw: bytes, tenant: str) -> bytes | None:
+        """The same for a thread that may wait."""
+        ready = self.prepare(raw, tenant)
+        if ready is None:
+            return None
+        try:
+            done = self._hot.run_blocking(ready.operation, ready.weight_bytes)
+        except SessiondError:
+            return None
+        return None if done is None else self.finish(ready, done)
+
+    def prepare(self, raw: bytes, tenant: str) -> Ready | None:
+        """An append that is ready for its commit; None where the general path does it."""
+        if len(raw) > REQUEST_BYTES_MAX or self._lease.lost:
+            return None
+        try:
+            request = session_pb2.AppendTurnRequest.FromString(raw)
+            if (
+                request.durability not in _EDGE
+                or request.conflict_mode not in _CONFLICT_MODES
+                or request.writer_token
+                or request.HasField("context")
+                or self._hot.is_full()
+            ):
+                return None
+            expected: tuple[int, int] | None = None
+            if request.HasField("expected"):
+                if len(request.expected.chain) not in (0, CHAIN_BYTES):
+                    return None
+                expected = request.expected.epoch, request.expected.seq
+            h = rules.session_hash(self._hash_key, tenant, check_session_id(request.session_id))
+            turns = prepare_turns(request.turns, self._hash_key, self._tokenizer, self._turn_bytes_max)
+        except (SessiondError, DecodeError):
+            return None
+
+        def operation(transaction: Transaction) -> log.Appended | None:
+            head = log.read_head(transaction, h)
+            # What may be missing is told by the general path, and CLOUD is waited for there.
+            if head is None or head.loss or head.min_durability > DURABILITY_EDGE:
+                return None
+            if head.phase != PHASE_OWNED or (request.user_id and request.user_id != head.user):
+                return None
+            now_ms, running_ms = self._clock_ms(), self._running_ms()
+
+            def birth() -> dict[str, str]:
+                return dict(decode_committed(h, transaction.get("manifests", h)).birth["metadata"])
+
+            clocks = self._expiry_ms, self._latest_ms
+            try:
+                return log.append(
+                    transaction, h, request.session_id, turns, expected, None, now_ms, running_ms, *clocks, birth, head
+                )
+            except log.HistoryNeeded:
+                return None
+
+        weight_bytes = sum(len(turn.body) for turn in turns)
+        return Ready(request, h, turns, weight_bytes, self._lease.tenure, operation)
+
+    def finish(self, ready: Ready, done: log.Appended) -> bytes | None:
+        """The reply to an append that is on the disk; None where the general path would refuse to answer."""
+        ownership = self._ownership(ready.tenure)
+        if ownership is None:
+            return None
+        head, turns = done.head, done.turns
+        places = done.places or states.decode_places(head.state)
+        fresh = sum(not turn.duplicate for turn in turns)
+        self._note_appended(ready.h, fresh)
+        epoch, boundary_seq, _ = places[18]
+        flushed = head.cloud_seq >= max(turn.seq for turn in turns)
+        return core.encode_message(
+            (
+                *(2, session_pb2.APPEND_OUTCOME_APPENDED if fresh else session_pb2.APPEND_OUTCOME_DUPLICATE),
+                3,
+                [
+                    (
+                        *(1, turn.turn_id, 2, (1, turn.epoch, 2, turn.seq, 3, turn.chain), 3, turn.duplicate),
+                        *(4, turn.time_ms, 5, turn.tokens[0], 6, turn.tokens[1]),
+                    )
+                    for turn in turns
+                ],
+                *(4, (1, places[2], 2, places[1], 3, places[3] if places[1] else b"")),
+                *(5, head.cloud_seq, -6, epoch << 32 | boundary_seq),
+                *(7, turn_pb2.DURABILITY_CLOUD if flushed else turn_pb2.DURABILITY_EDGE, 8, ownership),
+            )
+        )
 
 
 def _is_there(source: HotSource, state: State, acked: turn_pb2.TurnPosition) -> bool:

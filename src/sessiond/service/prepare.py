@@ -13,9 +13,15 @@ from typing import Any, Final
 
 from google.protobuf.message import Message as ProtoMessage
 
+from sessiond import core
 from sessiond.core import rules, tool_events
 from sessiond.core.expiry import TTL_MS_MAX
 from sessiond.core.layout import (
+    BODY_MESSAGE,
+    BODY_MILESTONE,
+    BODY_REWIND,
+    BODY_SUMMARY,
+    BODY_TURN_ID,
     KIND_MESSAGE,
     KIND_MILESTONE,
     KIND_REWIND,
@@ -51,6 +57,15 @@ _KINDS: Final = {
     "milestone": KIND_MILESTONE,
     "rewind": KIND_REWIND,
 }
+# Where a frame's body has what was said, by the names of a request.
+_BODY_FIELDS: Final = {
+    "message": BODY_MESSAGE,
+    "summary": BODY_SUMMARY,
+    "milestone": BODY_MILESTONE,
+    "rewind": BODY_REWIND,
+}
+_ROLES: Final = frozenset(turn_pb2.Role.values()) - {turn_pb2.ROLE_UNSPECIFIED}
+_STATUSES: Final = frozenset(turn_pb2.TurnStatus.values())
 _ENCODINGS: Final = (turn_pb2.ENCODING_O200K_BASE, turn_pb2.ENCODING_CL100K_BASE)
 SLOTS: Final[dict[int, int]] = {turn_pb2.ENCODING_O200K_BASE: 0, turn_pb2.ENCODING_CL100K_BASE: 1}
 _ROLES_WITH_STATUS: Final = (turn_pb2.ROLE_ASSISTANT,)
@@ -262,13 +277,17 @@ def _check_json(raw: bytes, field: str, reason: str) -> None:
 def _check_message(message: turn_pb2.Message, role: int, field: str, reason: str = "INVALID_TURN") -> None:
     if len(message.parts) > PARTS_MAX:
         raise invalid(reason, f"{field}.parts", f"{len(message.parts)} parts, over the limit of {PARTS_MAX}")
-    for name in ("extra_json", "original_json"):
-        _check_json(getattr(message, name), f"{field}.{name}", reason)
+    for name, raw in (("extra_json", message.extra_json), ("original_json", message.original_json)):
+        if raw:
+            _check_json(raw, f"{field}.{name}", reason)
     has_content = False
     for index, part in enumerate(message.parts):
+        kind = part.WhichOneof("kind")
+        if kind == "text" and role != turn_pb2.ROLE_TOOL and not part.extra_json:
+            has_content = has_content or bool(part.text)
+            continue
         where = f"{field}.parts[{index}]"
         _check_json(part.extra_json, f"{where}.extra_json", reason)
-        kind = part.WhichOneof("kind")
         if kind is None:
             raise invalid(reason, where, "no kind of part is set")
         if kind == "tool_call":
@@ -305,6 +324,7 @@ def _check_message(message: turn_pb2.Message, role: int, field: str, reason: str
 
 
 def _check_meta(meta: turn_pb2.TurnMeta, field: str) -> None:
+    """Raises Invalid if there are too many labels, or too long ones."""
     if len(meta.labels) > LABELS_MAX:
         raise invalid("INVALID_TURN", f"{field}.labels", f"{len(meta.labels)} labels, over the limit of {LABELS_MAX}")
     for key, value in meta.labels.items():
@@ -380,11 +400,11 @@ def prepare_turn(
     role, status = turn.role, turn.status
     prepared = PreparedTurn(turn.turn_id, kind, role, 0, b"", b"", (0, 0, 0), (0, 0, 0))
     prepared.id_field, prepared.body_field = f"{prefix}turn_id", where
-    supplied = _counts(turn, prefix)
+    supplied = _counts(turn, prefix) if turn.supplied_tokens else {}
     if kind == KIND_MESSAGE:
-        if role not in turn_pb2.Role.values() or not role:
+        if role not in _ROLES:
             raise invalid("INVALID_TURN", f"{prefix}role", "a message needs a role")
-        if status not in turn_pb2.TurnStatus.values() or (status and role not in _ROLES_WITH_STATUS):
+        if status not in _STATUSES or (status and role not in _ROLES_WITH_STATUS):
             raise invalid("INVALID_TURN", f"{prefix}status", "only an assistant turn has a status")
         _check_message(turn.message, role, where)
         prepared.status = (status or turn_pb2.TURN_STATUS_COMPLETE) if role in _ROLES_WITH_STATUS else 0
@@ -413,23 +433,31 @@ def prepare_turn(
             raise invalid("INVALID_TURN", f"{where}.label", f"1 to {MILESTONE_BYTES_MAX} bytes are needed")
     else:
         prepared.rewind_to = turn.rewind.to_seq
-    _check_meta(turn.meta, f"{prefix}meta")
+    if turn.HasField("meta"):
+        _check_meta(turn.meta, f"{prefix}meta")
 
-    body = turn_pb2.Turn(turn_id=turn.turn_id)
     part: ProtoMessage = getattr(turn, which)
-    getattr(body, which).CopyFrom(part)
-    for pin in body.state.pins if kind == KIND_STATE else ():
-        pin.ClearField("scope")
-        pin.ClearField("set_at")
-    prepared.body = body.SerializeToString(deterministic=True)
+    if kind == KIND_STATE:
+        changed = turn_pb2.Turn(turn_id=turn.turn_id, state=turn.state)
+        for pin in changed.state.pins:
+            pin.ClearField("scope")
+            pin.ClearField("set_at")
+        prepared.body = changed.SerializeToString(deterministic=True)
+    else:
+        # A body that is there and says nothing is there all the same.
+        said = part.SerializeToString(deterministic=True)
+        prepared.body = core.encode_message((BODY_TURN_ID, turn.turn_id, _BODY_FIELDS[which], said or ()))
     # What a caller says about a turn may differ from one try to the next; what the turn says may not.
     prepared.digest = rules.body_digest(hash_key, kind, role, prepared.status, prepared.body)
     if turn.HasField("meta"):
         prepared.body += turn_pb2.Turn(meta=turn.meta).SerializeToString(deterministic=True)
     if kind == KIND_MESSAGE:
         prepared.events = tool_events(prepared.body)
-    with _naming(where):
+    try:
         _count_turn(prepared, turn, supplied, tokenizer)
+    except Invalid as refused:
+        refused.fields = refused.fields or [(where, refused.message)]
+        raise
     return prepared
 
 
@@ -437,9 +465,11 @@ def _count_turn(
     prepared: PreparedTurn, turn: turn_pb2.TurnInput, supplied: dict[int, int], tokenizer: Tokenizer
 ) -> None:
     tokens, sources = [0, 0, 0], [0, 0, 0]
-    pins: dict[str, list[int]] = {pin.key: [0, 0, 0] for pin in turn.state.pins}
+    pins: dict[str, list[int]] = {}
+    if prepared.kind == KIND_STATE:
+        pins = {pin.key: [0, 0, 0] for pin in turn.state.pins}
     for encoding, slot in SLOTS.items():
-        for pin in turn.state.pins:
+        for pin in turn.state.pins if pins else ():
             pins[pin.key][slot] = tokenizer.count_pin(pin.key, pin.value, encoding)
         if prepared.kind == KIND_MESSAGE and encoding in supplied:
             tokens[slot], sources[slot] = supplied[encoding], turn_pb2.TOKEN_SOURCE_SUPPLIED

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -442,12 +443,15 @@ class States:
         return turn_pb2.DURABILITY_CLOUD if flushed else turn_pb2.DURABILITY_EDGE
 
 
+_CONTROL: Final = re.compile("[\x00-\x1f\x7f-\x9f]")
+
+
 def _check_key(key: str) -> str:
     size = len(key.encode())
     if not 1 <= size <= rules.KEY_BYTES_MAX:
         what = "it is missing" if not size else f"{size} bytes, over the limit of {rules.KEY_BYTES_MAX}"
         raise invalid("INVALID_BLOB", "key", what)
-    if not key.isprintable():
+    if _CONTROL.search(key):
         raise invalid("INVALID_BLOB", "key", "it has control characters")
     return key
 

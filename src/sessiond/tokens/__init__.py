@@ -111,6 +111,8 @@ class Tokenizer:
 
     def count_message(self, message: turn_pb2.Message, encoding: int) -> int:
         """The tokens of a message: its frame, its name and its parts."""
+        if len(message.parts) == 1 and not message.name and (text := message.parts[0].text):
+            return MESSAGE_TOKENS + self.count(text, encoding)  # as most are
         named = NAME_TOKENS + self.count(message.name, encoding) if message.name else 0
         return MESSAGE_TOKENS + named + self._count_parts(message.parts, encoding)
 

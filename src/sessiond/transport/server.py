@@ -189,7 +189,8 @@ class Server:
             told = {WATCH: self._told, "ForwardWatch": self._told_forwarded}.get(name)
             stream = self._stream(name) if told is None else self._watching(name, told)
             return grpc.unary_stream_rpc_method_handler(stream)
-        return grpc.unary_unary_rpc_method_handler(self._resume() if name == "ResumeSession" else self._call(name))
+        quick = {"ResumeSession": self._resume, "AppendTurn": self._append}.get(name)
+        return grpc.unary_unary_rpc_method_handler(self._call(name) if quick is None else quick())
 
     def _resume(self) -> Any:
         """Resumes that the hot path answers, and the others as any call."""
@@ -209,6 +210,28 @@ class Server:
     def _resume_hot(self, raw: bytes, tenant: str) -> bytes | None:
         """A resume's reply if the hot path has one."""
         return None if self.hot_path is None else self.hot_path.resume(raw, tenant)
+
+    def _append(self) -> Any:
+        """Appends that the hot path does, and the others as any call."""
+        general = self._call("AppendTurn")
+
+        async def call(raw: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
+            hot_path = self.hot_path
+            if hot_path is not None and self._in_flight < self._calls_max:
+                self._in_flight += 1
+                try:
+                    answer = await hot_path.append(raw, TENANT)
+                except asyncio.CancelledError:
+                    self._calls.add("AppendTurn", "CANCELLED", "")
+                    raise
+                finally:
+                    self._in_flight -= 1
+                if answer is not None:
+                    self._calls.add("AppendTurn", "OK", "")
+                    return answer
+            return bytes(await general(raw, context))
+
+        return call
 
     def _call(self, name: str) -> Any:
         own = {"Forward": self._forward, "Rescue": self._take_rescued}.get(name)

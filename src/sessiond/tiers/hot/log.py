@@ -118,12 +118,15 @@ class Placed:
 
 @dataclass(slots=True)
 class Appended:
-    """What an append did: the turns in the order asked, and the head after it. tenure: the node's when it began."""
+    """What an append did: the turns in the order asked, and the head after it. tenure: the node's when it began.
+    places: the state after it, decoded; None where nothing was fresh.
+    """
 
     turns: list[Placed]
     head: Head
     state: bytes
     tenure: int = 0
+    places: list[Any] | None = None
 
 
 def read_head(transaction: Transaction, h: bytes) -> Head | None:
@@ -263,6 +266,19 @@ def turn_ids(transaction: Transaction, h: bytes, head_seq: int | None = None) ->
     return entries
 
 
+def id_chunks(transaction: Transaction, h: bytes) -> list[Any]:
+    """The values of a session's chunks of turn ids, ascending."""
+    cursor = transaction.cursor("ids")
+    if not cursor.set_range(h):
+        return []
+    chunks: list[Any] = []
+    for key, value in cursor.iternext():
+        if key[:16] != h:
+            break
+        chunks.append(value)
+    return chunks
+
+
 def find_turn_id(entries: bytes, id_hash: bytes) -> tuple[int, bytes] | None:
     """(seq, start of the digest) of a turn id in such entries, newest first; None if it is not there."""
     at = entries.rfind(id_hash)
@@ -361,23 +377,23 @@ def append(
     expiry_ms: Callable[[], int],
     latest_ms: Callable[[], int],
     birth_metadata: Callable[[], dict[str, str]],
+    head: Head | None = None,
 ) -> Appended:
     """Append turns of one session, all or none, inside a write transaction.
 
     expected: (epoch or 0, seq) of the head that the caller believes in. state_etag: place of the last state turn.
     now_ms: what turns are dated by. running_ms: what idleness goes by. expiry_ms: the clock that expiry is judged by.
-    latest_ms: the one that a life is counted from, never behind the other.
+    latest_ms: the one that a life is counted from, never behind the other. head: if it was read in this transaction.
     Raises NotFound, Unavailable NOT_OWNER, Conflict (TURN_ID_REUSED, EXPECTED_MISMATCH, STATE_ETAG_MISMATCH), Invalid,
     Exhausted PINS_FULL, HistoryNeeded, Corrupt; nothing is written then.
     """
-    head = check_writable(read_head(transaction, h), session, expiry_ms)
-    entries = turn_ids(transaction, h, head.head_seq)
+    head = check_writable(head or read_head(transaction, h), session, expiry_ms)
     placed: list[Placed | None] = []
     fresh: list[PreparedTurn] = []
     hashes: list[bytes] = []
-    for turn in turns:
-        id_hash = rules.turn_id_hash(h, turn.turn_id)
-        found = find_turn_id(entries, id_hash)
+    asked = [rules.turn_id_hash(h, turn.turn_id) for turn in turns]
+    known = core.find_turn_ids(h, id_chunks(transaction, h), head.head_seq, TURN_IDS_MAX, asked)
+    for turn, id_hash, found in zip(turns, asked, known, strict=True):
         if found is None:
             placed.append(None)
             fresh.append(turn)
@@ -411,7 +427,9 @@ def append(
         sealed.latest_ms = latest_ms()
     sealed.write(hashes, fresh)
     queue = iter(sealed.placed)
-    return Appended([item if item is not None else next(queue) for item in placed], head, head.state)
+    return Appended(
+        [item if item is not None else next(queue) for item in placed], head, head.state, places=sealed.places
+    )
 
 
 def _duplicate(transaction: Transaction, h: bytes, turn: PreparedTurn, seq: int, digest_start: bytes) -> Placed:
@@ -443,7 +461,6 @@ class _Sealed:
         self.h = h
         self.head = head
         self.places = places
-        self.state = head.state
         # A clock that steps back must not reorder a log.
         self.time_ms = max(now_ms, places[21])
         self.birth_metadata = birth_metadata
@@ -503,14 +520,13 @@ class _Sealed:
             chain,
             body,
         )
-        self.state = core.replay(self.h, self.state, frame)
-        self.places = states.decode_places(self.state)
+        core.fold(self.h, places, frame)
         if turn.kind == KIND_STATE:
             self._check_state(turn)
         self.frames.append(frame)
         self.placed.append(Placed(turn.turn_id, self.head.epoch, seq, self.time_ms, turn.tokens, False, chain))
         if flags & FLAG_BOUNDARY:
-            self.boundaries.append((self.head.epoch << 32 | seq, self.state))
+            self.boundaries.append((self.head.epoch << 32 | seq, states.encode_places(places)))
         if live:
             answers = turn.role == ROLE_ASSISTANT and bool(flags & FLAG_BOUNDARY) and not self.places[16]
             exchange_seq = self.places[9]
@@ -586,7 +602,9 @@ class _Sealed:
         ]
         append_ids(transaction, h, first_seq, entries)
         head.head_seq += len(self.frames)
-        head.state = self.state
+        # At a boundary the state is the checkpoint's.
+        ends = self.boundaries and self.boundaries[-1][0] & 0xFFFFFFFF == head.head_seq
+        head.state = self.boundaries[-1][1] if ends else states.encode_places(self.places)
         head.used_ms = self.running_ms
         # A wall clock that was set back must not take from what the session has to live.
         behind = self.latest_ms - self.time_ms >= CLOCK_STEP_MS
@@ -602,7 +620,7 @@ def append_rows(transaction: Transaction, h: bytes, head: Head, first_seq: int, 
         row_seq = head.tail_row
         row = bytes(transaction.get("turns", seq_key(h, row_seq)) or b"")
         # Nothing is acknowledged behind a damaged turn: it could never be flushed.
-        if not row or core.scan_frames(h, row)[-1].seq != first_seq - 1:
+        if not row or core.row_checked(h, row) != first_seq - 1:
             raise Corrupt(
                 "CORRUPT_HOT_ROW", f"The newest row of session {h.hex()} does not end at turn {first_seq - 1}."
             )
