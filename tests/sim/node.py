@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sessiond.core import envelope
-from sessiond.daemon import doubt_all, take_node
+from sessiond.daemon import doubt_all, note_appended, note_resumed, take_node
 from sessiond.errors import Corrupt, SessiondError
 from sessiond.service.forks import Forks
+from sessiond.service.hotpath import HotPath
 from sessiond.service.node import CallCounts
 from sessiond.service.node import Node as Admin
 from sessiond.service.ownership import Ownership, Parts
@@ -298,6 +299,24 @@ class SimDaemon:
             rescues,
         )
         self.admin.watches = watches
+        if knobs.hot_path:
+            self.server.hot_path = HotPath(
+                hot,
+                bucket.hash_key,
+                TOKENIZER,
+                lease,
+                name,
+                default_budget_tokens=parts.default_budget_tokens,
+                serve_unconfirmed=parts.serve_unconfirmed,
+                turn_bytes_max=parts.turn_bytes_max,
+                clock_ms=host.wall_ms,
+                expiry_ms=expiry_ms,
+                latest_ms=expiry_ms.latest_ms,
+                running_ms=expiry_ms.running_ms,
+                note_resumed=partial(note_resumed, ownership, router),
+                note_appended=partial(note_appended, self.sessions, router),
+                count_rung=self.sessions.count_rung,
+            )
         self.server.serve(self.sessions, self.admin, router, credentials, rescues.apply, hot.incarnation, watches)
         forks, states = Forks(parts, ownership, self.sessions), States(parts, ownership)
         self.server.also_serve("ForkSession", session_pb2.ForkSessionRequest, forks.fork)

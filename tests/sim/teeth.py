@@ -133,17 +133,18 @@ def stale_ids(module: Any) -> dict[str, Any]:
     """Turn ids as they were before the newest transaction of the session."""
     seen: dict[bytes, bytes] = {}
 
-    def read_before(transaction: Any, h: bytes, head_seq: int) -> bytes:
+    def known_before(transaction: Any, h: bytes, head_seq: int, asked: list[bytes]) -> list[Any]:
         before, seen[h] = seen.get(h, b""), module.turn_ids(transaction, h, head_seq)
-        return before
+        return [module.find_turn_id(before, id_hash) for id_hash in asked]
 
-    return {"read_before": read_before}
+    return {"known_before": known_before}
 
 
 FLUSH = "sessiond.tiers.flush:Flusher."
 CLAIMS = "sessiond.tiers.hydrate:Claims."
 OWN = "sessiond.service.ownership:Ownership."
 SESSIONS = "sessiond.service.sessions:Sessions."
+HOT = "sessiond.service.hotpath:HotPath."
 RESCUE = "sessiond.service.rescue:"
 ROUTER = "sessiond.service.router:Router."
 LEASE = "sessiond.tiers.cloud.lease:Lease."
@@ -166,9 +167,28 @@ BY_HAND = [
     Plant(
         "turn_ids are looked up outside the transaction",
         Place("sessiond.tiers.hot.log:append"),
-        "entries = turn_ids(transaction, h, head.head_seq)",
-        "entries = read_before(transaction, h, head.head_seq)",
+        "known = core.find_turn_ids(h, id_chunks(transaction, h), head.head_seq, TURN_IDS_MAX, asked)",
+        "known = known_before(transaction, h, head.head_seq, asked)",
         stale_ids,
+    ),
+    Plant(
+        "the hot path acknowledges before the commit",
+        Place(HOT + "append"),
+        "done = await self._hot.run(ready.operation, ready.weight_bytes)",
+        "done = await answered_early(self._hot, ready.operation, ready.weight_bytes)",
+        early,
+    ),
+    Plant(
+        "the hot path serves whatever rows it finds",
+        Place(HOT + "_is_served"),
+        "if head.phase != PHASE_OWNED or (user_id and user_id != head.user):",
+        "if user_id and user_id != head.user:",
+    ),
+    Plant(
+        "the hot path confirms without a look at the lease",
+        Place(HOT + "_ownership"),
+        "if self._lease.is_valid() and self._lease.tenure == tenure:",
+        "if True:",
     ),
     Plant(
         "segments are deleted after a commit whose outcome is unknown",
@@ -360,6 +380,9 @@ FUNCTIONS = [
     SESSIONS + "_reach",
     SESSIONS + "_judge",
     SESSIONS + "_mark_deleted",
+    HOT + "resume",
+    HOT + "prepare",
+    HOT + "finish",
     "sessiond.tiers.hot.log:append",
     "sessiond.tiers.hot.log:check_writable",
     "sessiond.tiers.hot.log:doubt_owned",

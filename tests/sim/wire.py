@@ -81,6 +81,7 @@ class SimServer(Server):
         self._rescue = None
         self._watch = None
         self._watches = None
+        self.hot_path = None
         self._started = True
         self.waits_for = ""
         self._handlers: dict[str, Callable[[bytes, Any], Any]] = {}
@@ -88,7 +89,7 @@ class SimServer(Server):
     def handler(self, method: str) -> Any:
         made = self._handlers.get(method)
         if made is None:
-            made = self._handlers[method] = self._call(method)
+            made = self._handlers[method] = self._unary_call(method)
         return made
 
     def _internal(self, name: str, error: Exception) -> SessiondError:

@@ -78,6 +78,8 @@ class Knobs:
     # Small limits, so that few and short turns meet them.
     inline_bytes: int
     merge_min: int
+    # Whether the hot path answers what it can, as it does in a daemon.
+    hot_path: bool = True
     cloud_only: set[str] = field(default_factory=set)
     expiry: dict[str, Any] = field(default_factory=dict)
 
@@ -113,6 +115,7 @@ class Knobs:
                 action = rng.choice((turn_pb2.EXPIRY_ACTION_ARCHIVE, turn_pb2.EXPIRY_ACTION_DELETE))
                 mode = rng.choice((turn_pb2.EXPIRY_MODE_SLIDING, turn_pb2.EXPIRY_MODE_FIXED))
                 knobs.expiry[name] = turn_pb2.Expiry(ttl_ms=rng.choice((5000, 30_000)), mode=mode, action=action)
+        knobs.hot_path = rng.random() < 0.7
         return knobs
 
 

@@ -189,8 +189,12 @@ class Server:
             told = {WATCH: self._told, "ForwardWatch": self._told_forwarded}.get(name)
             stream = self._stream(name) if told is None else self._watching(name, told)
             return grpc.unary_stream_rpc_method_handler(stream)
+        return grpc.unary_unary_rpc_method_handler(self._unary_call(name))
+
+    def _unary_call(self, name: str) -> Any:
+        """What answers a unary method: by the hot path first, where that may know it."""
         quick = {"ResumeSession": self._resume, "AppendTurn": self._append}.get(name)
-        return grpc.unary_unary_rpc_method_handler(self._call(name) if quick is None else quick())
+        return self._call(name) if quick is None else quick()
 
     def _resume(self) -> Any:
         """Resumes that the hot path answers, and the others as any call."""
