@@ -614,11 +614,11 @@ def main() -> int:
             print(f"{verdict.name}: {verdict.told} ({verdict.seeds} seeds)", flush=True)
     ordered = [verdicts[name] for name in names]
     if arguments.only is None:
-        write(ordered, len(BY_HAND))
+        write(ordered, len(BY_HAND), arguments.seeds)
     return sum(verdict.seed is None and verdict.test is None for verdict in ordered)
 
 
-def write(verdicts: list[Verdict], by_hand: int) -> None:
+def write(verdicts: list[Verdict], by_hand: int, seeds: int) -> None:
     """The table, and beside it what caught each by name, for the tests."""
     from tests.sim.survivors import SURVIVORS
 
@@ -628,7 +628,7 @@ def write(verdicts: list[Verdict], by_hand: int) -> None:
         "# Planted bugs, and what catches them",
         "",
         "Written by `python -m tests.sim.teeth`; do not edit. Each bug is planted alone; seeds run until one breaks.",
-        f"What no seed of {SEEDS_MAX} catches is tried against the stories here and the tests of the tiers.",
+        f"What no seed of {seeds} catches is tried against the stories here and the tests of the tiers.",
         f"Of {len(verdicts)} bugs {len(by_seed)} are caught by a seed, {len(by_test)} by a named story or test, and"
         f" {len(verdicts) - len(by_seed) - len(by_test)} survive.",
     ]
