@@ -21,6 +21,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import grpc
+
 from sessiond import daemon
 from sessiond.service.node import CallCounts
 from sessiond.tiers.cloud.open import open_store
@@ -40,9 +42,9 @@ class BareServer(Server):
         self.handler = handler
         super().__init__(daemon.now_ms, CallCounts(), REQUEST_BYTES_MAX, CALLS_MAX)
 
-    def _call(self, name: str) -> Handler:
-        del name
-        return self.handler
+    def _handler(self, service: str, name: str, streams: bool) -> Any:
+        # Nothing of the daemon's own is around it, whichever way the daemon goes for a method.
+        return super()._handler(service, name, streams) if streams else grpc.unary_unary_rpc_method_handler(self.handler)
 
 
 def returns(reply: bytes) -> Handler:
