@@ -44,7 +44,9 @@ class BareServer(Server):
 
     def _handler(self, service: str, name: str, streams: bool) -> Any:
         # Nothing of the daemon's own is around it, whichever way the daemon goes for a method.
-        return super()._handler(service, name, streams) if streams else grpc.unary_unary_rpc_method_handler(self.handler)
+        return (
+            super()._handler(service, name, streams) if streams else grpc.unary_unary_rpc_method_handler(self.handler)
+        )
 
 
 def returns(reply: bytes) -> Handler:

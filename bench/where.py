@@ -25,16 +25,16 @@ from sessiond import core
 from sessiond.core import rules
 from sessiond.core import state as states
 from sessiond.service import context as contexts
-from sessiond.service.node import CallCounts
 from sessiond.service.ownership import Call, Parts
-from sessiond.service.prepare import Spec, prepare_turns
+from sessiond.service.prepare import prepare_turns
 from sessiond.service.sessions import Sessions
 from sessiond.tiers.hot import log
 from sessiond.tiers.hot.environment import Transaction
 from sessiond.tiers.hot.rows import decode_head, encode_head, unwrap
+from sessiond.tokens import CONTEXT_TOKENS
 from sessiond.transport.server import TENANT, _append, _resume
 from sessiond.transport.wire import parse, reply
-from sessiond.v1 import session_pb2, turn_pb2
+from sessiond.v1 import context_pb2, session_pb2, turn_pb2
 
 SESSION = "profiled"
 TURNS = 1000
@@ -116,68 +116,59 @@ def resume(sessions: Sessions, parts: Parts) -> None:
     raw = wire.resume_request(SESSION)
     call, request = Call(TENANT, None), session_pb2.ResumeSessionRequest.FromString(raw)
     h = rules.session_hash(parts.bucket.hash_key, TENANT, SESSION)
-    served, calls = _resume(sessions), CallCounts()
+    hot_path = inside.hot_path(sessions, parts)
+    served = _resume(sessions)
+    answer = hot_path.resume(raw, TENANT)
+    assert answer is not None, "the hot path has declined"
 
-    async def whole() -> bytes:
-        answer = reply(await served(call, parse(session_pb2.ResumeSessionRequest, raw, 1 << 23)))
-        calls.add("ResumeSession", "OK", "")
-        return answer
+    async def whole() -> bytes | None:
+        return hot_path.resume(raw, TENANT)
+
+    async def general() -> bytes:
+        return reply(await served(call, parse(session_pb2.ResumeSessionRequest, raw, 1 << 23)))
 
     with parts.hot.read() as transaction:
         head = log.read_head(transaction, h)
         assert head is not None
-        value = bytes(transaction.get("heads", h))
         state = states.decode(head.state)
-        spec = Spec(request.context, head.policy, parts.tokenizer, 0, "context")
-        standing = sessions._standing(request, head, state, None)
-        source = contexts.HotSource(transaction, h, head)
-        exact = spec.budget - 3
-        tail = exact - spec.budget // 16
-        fit = contexts._choose(source, h, state, spec, tail, exact, 0)
-        rows: list[Any] = []
-        target, gathered = state.last_live_seq, 0
-        while target and gathered <= exact:
-            row = source.row_for(target)
-            tokens, target = core.row_live(row, target, spec.slot)
-            gathered += tokens
-            rows.insert(0, row)
+        spec = hot_path._spec(request.context, head.policy)
+        standing = contexts.Standing(
+            context_pb2.RUNG_HOT, context_pb2.OWNERSHIP_CONFIRMED, parts.node.name, head.head_seq, head.cloud_seq
+        )
+
+        # A source is walked once.
+        def source() -> contexts.HotSource:
+            return contexts.HotSource(transaction, h, head)
+
+        context = contexts.build(source(), h, state, spec, standing)
+        exact = spec.budget - CONTEXT_TOKENS
+        tail = exact - spec.budget // contexts.NEW_MESSAGE_SHARE
+        fit = contexts._choose(source(), h, state, spec, tail, exact, 0, 0)
 
         def open_read() -> None:
             with parts.hot.read():
                 pass
 
-        def finding() -> None:
-            seq = state.last_live_seq
-            for _ in rows:
-                seq = core.row_live(source.row_for(seq), seq, spec.slot)[1]
-
-        def fitting() -> Any:
-            return core.fit_window(
-                h, rows, 0, state.last_live_seq, state.exchange_seq, spec.strategy, 0, tail, exact, 1000, 0
-            )
-
         steps = [
             ("the whole call, from request bytes to reply bytes", asyncio.run(cost_us_async(whole))),
-            ("  parse the request", cost_us(lambda: parse(session_pb2.ResumeSessionRequest, raw, 1 << 23))),
+            ("  parse the request", cost_us(lambda: session_pb2.ResumeSessionRequest.FromString(raw))),
             ("  session's hash", cost_us(lambda: rules.session_hash(parts.bucket.hash_key, TENANT, SESSION))),
             ("  open and close a read transaction", cost_us(open_read)),
-            (f"  read and decode the head row ({len(value)} bytes)", cost_us(lambda: decode_head(h, value))),
+            ("  read and decode the head row", cost_us(lambda: log.read_head(transaction, h))),
             (f"  decode the state ({len(head.state)} bytes)", cost_us(lambda: states.decode(head.state))),
-            (
-                "  check the spec",
-                cost_us(lambda: Spec(request.context, head.policy, parts.tokenizer, 0, "context")),
-            ),
-            ("  standing", cost_us(lambda: sessions._standing(request, head, state, None))),
-            ("  build the context", cost_us(lambda: contexts.build(source, h, state, spec, standing))),
+            ("  find the spec, checked before", cost_us(lambda: hot_path._spec(request.context, head.policy))),
+            ("  build the context", cost_us(lambda: contexts.build(source(), h, state, spec, standing))),
             ("    etag", cost_us(lambda: contexts._etag(state, spec, standing))),
             (
-                "    choose the window: rows and fit",
-                cost_us(lambda: contexts._choose(source, h, state, spec, tail, exact, 0)),
+                f"    choose the window: walk the rows, fit, copy {len(fit[4]):,} bytes",
+                cost_us(lambda: contexts._choose(source(), h, state, spec, tail, exact, 0, 0)),
             ),
-            (f"      find {len(rows)} rows", cost_us(finding)),
-            (f"      fit and copy {len(fit[4]):,} bytes (compiled)", cost_us(fitting)),
-            ("    checkpoint's header", cost_us(lambda: contexts.checkpoint_header(state))),
-            ("    state's message", cost_us(lambda: contexts.state_proto(state))),
+            (
+                f"      walk the rows for {exact:,} tokens (compiled)",
+                cost_us(lambda: source().walk(state.last_live_seq, spec.slot, exact)),
+            ),
+            (f"  put {len(context):,} bytes into the reply", cost_us(lambda: core.encode_message((1, context)))),
+            ("the same call by the general path", asyncio.run(cost_us_async(general))),
         ]
     table(f"hot resume, {TURNS:,} turns, budget 4,000", steps)
     profile("hot resume", whole, 3000)
