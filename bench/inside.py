@@ -6,7 +6,6 @@ It follows `sessiond.daemon` and starts no server. Nothing here is measured agai
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -88,26 +87,22 @@ def running(folder: Path, flushes: bool = True) -> Iterator[tuple[Sessions, Part
 
 def hot_path(sessions: Sessions, parts: Parts) -> HotPath:
     """The hot path on the same tiers, as the daemon has it."""
-    given: dict[str, Any] = {
-        "default_budget_tokens": 0,
-        "serve_unconfirmed": True,
-        "turn_bytes_max": TURN_BYTES_MAX,
-        "clock_ms": daemon.now_ms,
-        "expiry_ms": daemon.now_ms,
-        "latest_ms": daemon.now_ms,
-        "running_ms": daemon.now_ms,
-        "note_resumed": lambda h: None,
-        "note_appended": lambda h, turns: None,
-        "count_rung": sessions.count_rung,
-    }
-    taken = inspect.signature(HotPath).parameters
     return HotPath(
         parts.hot,
         parts.bucket.hash_key,
         parts.tokenizer,
         parts.lease,
         parts.node.name,
-        **{name: value for name, value in given.items() if name in taken},
+        default_budget_tokens=0,
+        serve_unconfirmed=True,
+        turn_bytes_max=TURN_BYTES_MAX,
+        clock_ms=daemon.now_ms,
+        expiry_ms=daemon.now_ms,
+        latest_ms=daemon.now_ms,
+        running_ms=daemon.now_ms,
+        note_resumed=lambda h: None,
+        note_appended=lambda h, turns: None,
+        count_rung=sessions.count_rung,
     )
 
 

@@ -26,22 +26,25 @@ from sessiond.core import rules
 from sessiond.core import state as states
 from sessiond.service import context as contexts
 from sessiond.service.ownership import Call, Parts
-from sessiond.service.prepare import prepare_turns
 from sessiond.service.sessions import Sessions
 from sessiond.tiers.hot import log
 from sessiond.tiers.hot.environment import Transaction
-from sessiond.tiers.hot.rows import decode_head, encode_head, unwrap
+from sessiond.tiers.hot.rows import encode_head
 from sessiond.tokens import CONTEXT_TOKENS
-from sessiond.transport.server import TENANT, _append, _resume
+from sessiond.transport.server import TENANT, _resume
 from sessiond.transport.wire import parse, reply
 from sessiond.v1 import context_pb2, session_pb2, turn_pb2
 
 SESSION = "profiled"
 TURNS = 1000
-CALLS = 4000
+# How often a step is called; a quick run only sees that it works.
+QUICK = "--quick" in sys.argv
+CALLS = 50 if QUICK else 4000
 # Long enough that the core has done other things: in the daemon that is the normal case between two calls.
 PAUSE_S = 0.002
-COLD_CALLS = 400
+COLD_CALLS = 5 if QUICK else 400
+BLOCKS = 1 if QUICK else 30
+PROFILED_CALLS = 50 if QUICK else 2000
 PROFILE_ROWS = 28
 
 
@@ -171,108 +174,94 @@ def resume(sessions: Sessions, parts: Parts) -> None:
             ("the same call by the general path", asyncio.run(cost_us_async(general))),
         ]
     table(f"hot resume, {TURNS:,} turns, budget 4,000", steps)
-    profile("hot resume", whole, 3000)
+    profile("hot resume", whole, PROFILED_CALLS)
 
 
 def append(sessions: Sessions, parts: Parts) -> None:
     """An EDGE append, step by step; the folder should be in memory, so that fsync costs nothing."""
-    call = Call(TENANT, None)
+    hot_path = inside.hot_path(sessions, parts)
     h = rules.session_hash(parts.bucket.hash_key, TENANT, SESSION)
     numbers = itertools.count(100_001)
-    served = _append(sessions)
     template = [wire.append_request(SESSION, talk.turn(number, supplied=False)) for number in (1, 2)]
     raws = [bytes(request.SerializeToString()) for request in template]
     at = raws[0].index(b"turn-") + len(b"turn-")
 
-    async def whole() -> bytes:
+    def next_raw() -> bytes:
         number = next(numbers)
         raw = raws[(number + 1) % 2]
-        raw = raw[:at] + b"%012d" % number + raw[at + 12 :]
-        return reply(await served(call, parse(session_pb2.AppendTurnRequest, raw, 1 << 23)))
+        return raw[:at] + b"%012d" % number + raw[at + 12 :]
+
+    async def whole() -> bytes:
+        answer = await hot_path.append(next_raw(), TENANT)
+        assert answer is not None, "the hot path has declined"
+        return answer
 
     turns = list(template[1].turns)
-
-    def prepare() -> Any:
-        return prepare_turns(turns, parts.bucket.hash_key, parts.tokenizer, inside.TURN_BYTES_MAX)
 
     def count(encoding: int) -> Callable[[], object]:
         return lambda: parts.tokenizer.count_message(turns[0].message, encoding)
 
-    with parts.hot.read() as transaction:
-        head = log.read_head(transaction, h)
-        assert head is not None
-        ids = [bytes(value) for _, value in transaction.scan("ids", h)]
-        joined = log.turn_ids(transaction, h)
-        places = states.decode_places(head.state)
-        turn = prepare()[0]
-        id_hash = rules.turn_id_hash(h, turn.turn_id)
-        raw_head = bytes(transaction.get("heads", h))
-        placed = log.Placed(turn.turn_id, 1, head.head_seq, 1, turn.tokens, False, turn.digest)
-        done = log.Appended([placed], head, head.state)
-
     def in_the_log() -> tuple[float, float]:
         """(CPU us of the log's part, on the commit thread; CPU us around it: queue, wake-ups, begin, commit)."""
         inner: list[float] = []
+        outer: list[float] = []
+        for _ in range(PROFILED_CALLS):
+            ready = hot_path.prepare(next_raw(), TENANT)
+            assert ready is not None
 
-        def operation(transaction: Transaction) -> None:
-            turn.turn_id = f"inside-{next(numbers)}"
-            started = time.thread_time_ns()
-            log.append(transaction, h, SESSION, [turn], None, None, 1, 1, lambda: 0, lambda: 0, dict)
-            inner.append((time.thread_time_ns() - started) / 1000)
+            def operation(transaction: Transaction, ready: Any = ready) -> object:
+                started = time.thread_time_ns()
+                done = ready.operation(transaction)
+                inner.append((time.thread_time_ns() - started) / 1000)
+                return done
 
-        outer = []
-        for _ in range(2000):
             started = time.process_time_ns()
-            parts.hot.run_blocking(operation)
+            assert parts.hot.run_blocking(operation, ready.weight_bytes) is not None
             outer.append((time.process_time_ns() - started) / 1000)
         return statistics.median(inner), statistics.median(outer) - statistics.median(inner)
 
     async def whole_process() -> float:
         blocks = []
-        for _ in range(30):
+        for _ in range(BLOCKS):
             started = time.process_time_ns()
             for _ in range(100):
                 await whole()
             blocks.append((time.process_time_ns() - started) / 100 / 1000)
         return statistics.median(blocks)
 
-    def sealing() -> bytes:
-        chain = rules.next_chain(places[3], turn.digest)
-        cumulative = [places[4][slot] + turn.tokens[slot] for slot in range(3)]
-        return core.seal_frame(
-            h, places[1] + 1, 1, places[21], turn.kind, turn.role, turn.status, 0, places[5], cumulative, turn.tokens,
-            turn.sources, turn.digest, chain, turn.body,
-        )  # fmt: skip
-
-    frame = sealing()
+    ready = hot_path.prepare(next_raw(), TENANT)
+    assert ready is not None
+    done = parts.hot.run_blocking(ready.operation, ready.weight_bytes)
+    assert done is not None
+    with parts.hot.read() as transaction:
+        head = log.read_head(transaction, h)
+        assert head is not None
+        held = states.decode(head.state).cursor
+        chunks = log.id_chunks(transaction, h)
+        asked = [rules.turn_id_hash(h, turns[0].turn_id)]
+        id_steps = cost_us(lambda: core.find_turn_ids(h, chunks, head.head_seq, log.TURN_IDS_MAX, asked))
+        head_step = cost_us(lambda: log.read_head(transaction, h))
     nan = float("nan")
     in_log, around = in_the_log()
     steps = [
         ("the whole call, from request bytes to reply bytes, all threads", (asyncio.run(whole_process()), nan)),
-        ("  parse the request", cost_us(lambda: parse(session_pb2.AppendTurnRequest, raws[0], 1 << 23))),
-        ("  prepare the turn", cost_us(prepare)),
+        ("  prepare: all that needs no lock", cost_us(lambda: hot_path.prepare(raws[0], TENANT))),
+        ("    parse the request", cost_us(lambda: session_pb2.AppendTurnRequest.FromString(raws[0]))),
         ("    count o200k_base", cost_us(count(turn_pb2.ENCODING_O200K_BASE))),
         ("    count cl100k_base", cost_us(count(turn_pb2.ENCODING_CL100K_BASE))),
         ("  append in the log, inside the transaction", (in_log, nan)),
-        (f"    check {len(ids)} rows of turn ids", cost_us(lambda: b"".join(unwrap(h, "ids", row) for row in ids))),
-        (f"    look for the turn id in {len(joined):,} bytes", cost_us(lambda: log.find_turn_id(joined, id_hash))),
-        ("    decode the head row", cost_us(lambda: decode_head(h, raw_head))),
-        ("    decode the state (done twice)", cost_us(lambda: states.decode_places(head.state))),
-        ("    seal the frame", cost_us(sealing)),
-        ("    replay it", cost_us(lambda: core.replay(h, head.state, frame))),
+        ("    read and decode the head row", head_step),
+        (f"    look for the turn id in {len(chunks)} rows (compiled)", id_steps),
         ("    encode the head row", cost_us(lambda: encode_head(h, head))),
         ("  queue, wake-ups, begin, commit", (around, nan)),
-        ("  fill the reply", cost_us(lambda: sessions._fill(session_pb2.AppendTurnResponse(), done, head))),
+        ("  fill the reply", cost_us(lambda: hot_path.finish(ready, done))),
     ]
-    table(
-        f"append EDGE of {len(raws[0])} bytes to a session of {places[1]:,} turns",
-        steps,
-    )
-    profile("append EDGE, the loop's thread", whole, 1500)
+    table(f"append EDGE of {len(raws[0])} bytes to a session of {held:,} turns", steps)
+    profile("append EDGE, the loop's thread", whole, PROFILED_CALLS)
 
 
 def main() -> None:
-    which = sys.argv[1:] or ["resume", "append"]
+    which = [name for name in sys.argv[1:] if name != "--quick"] or ["resume", "append"]
     memory = Path("/dev/shm")
     with (
         tempfile.TemporaryDirectory(prefix="bench-where-", dir=memory if memory.is_dir() else None) as name,
