@@ -6,6 +6,7 @@ Both are imported by name, whatever SESSIOND_PURE says.
 from __future__ import annotations
 
 import array
+import contextlib
 import itertools
 import random
 from typing import Any
@@ -27,6 +28,7 @@ from sessiond.core.layout import (
     ROLE_USER,
 )
 from sessiond.errors import Corrupt, SessiondError
+from sessiond.v1 import context_pb2
 from tests.core.loggen import EXAMPLES, HASH, OTHER_HASH, Log, Say, budgets, logs, random_log, small_logs
 
 NAMES = [name for name in _kernel.__all__ if name != "COMPILED"]
@@ -61,6 +63,49 @@ def agree_or_corrupt(name: str, *args: Any) -> Any:
     return result
 
 
+class Cursor:
+    """LMDB's cursor over rows that a test made up."""
+
+    def __init__(self, rows: dict[bytes, bytes]) -> None:
+        self.rows = rows
+        self.keys = sorted(rows)
+        self.at = -1
+
+    def key(self) -> bytes:
+        return self.keys[self.at] if 0 <= self.at < len(self.keys) else b""
+
+    def value(self) -> bytes:
+        return self.rows[self.keys[self.at]] if 0 <= self.at < len(self.keys) else b""
+
+    def _to(self, at: int) -> bool:
+        self.at = at if 0 <= at < len(self.keys) else -1
+        return self.at >= 0
+
+    def set_range(self, key: bytes) -> bool:
+        return self._to(next((at for at, known in enumerate(self.keys) if known >= key), -1))
+
+    def last(self) -> bool:
+        return self._to(len(self.keys) - 1)
+
+    def prev(self) -> bool:
+        return self._to(self.at - 1)
+
+
+def standing_at(cursor: Cursor, head_seq: int) -> Cursor:
+    """As newest_row leaves it."""
+    with contextlib.suppress(Corrupt):
+        pure.newest_row(cursor, HASH, head_seq)
+    return cursor
+
+
+def agree_with_cursor(name: str, rows: dict[bytes, bytes], head_seq: int, *args: Any) -> Any:
+    """The same of both twins, each with a cursor of its own that stands on the newest row."""
+    found = [outcome(twin, name, (standing_at(Cursor(rows), head_seq), *args)) for twin in (pure, _kernel)]
+    assert found[0] == found[1]
+    assert found[0][0] in ("value", Corrupt), found[0]
+    return found[0]
+
+
 def agree_on_all(stream: bytes, state: bytes) -> None:
     """Every function that takes bytes read back."""
     agree_or_corrupt("scan_frames", HASH, stream)
@@ -70,6 +115,11 @@ def agree_on_all(stream: bytes, state: bytes) -> None:
     agree_or_corrupt("tool_events", stream[HEADER_BYTES:])
     agree_or_corrupt("derived_offset", stream[HEADER_BYTES:])
     agree_or_corrupt("row_live", stream, 3, 0)
+    agree_or_corrupt("row_last", stream)
+    agree_or_corrupt("row_checked", HASH, stream)
+    agree_or_corrupt("newest_row", Cursor({HASH + bytes(7) + b"\1": stream}), HASH, 3)
+    agree_or_corrupt("walk_rows", standing_at(Cursor({HASH + bytes(7) + b"\1": stream}), 3), HASH, 1, 3, 0, 1)
+    agree_or_corrupt("find_turn_ids", HASH, [stream], 3, 10, [bytes(8)])
     agree_or_corrupt("fit_window", HASH, [stream], 0, 3, 2, MODE_HYBRID, 0, 50, 90, 10, 0)
 
 
@@ -150,6 +200,106 @@ def test_twins_agree_on_windows_over_forged_links(log: Log, data: st.DataObject)
     last = data.draw(st.sampled_from((log.places[5], log.seq)))
     agree_or_corrupt("fit_window", HASH, split(data, frames), 0, last, log.places[9], mode, 2, tail, tail, 20, 0)
     agree_or_corrupt("row_live", b"".join(frames), last, 0)
+
+
+@thorough
+@given(small_logs(), st.data())
+def test_twins_agree_on_walks_over_rows(log: Log, data: st.DataObject) -> None:
+    """Rows of any sizes, of which some are missing, among rows of other sessions."""
+    rows: dict[bytes, bytes] = {OTHER_HASH + (1).to_bytes(8, "big"): b"of another session"}
+    first = 1
+    for row in split(data, log.frames):
+        if data.draw(st.integers(0, 9)) > 0:
+            rows[HASH + first.to_bytes(8, "big")] = row
+        first += len(pure.scan_frames(HASH, row))
+    head = data.draw(st.sampled_from((log.seq, log.seq, max(0, log.seq - 1), log.seq + 1)))
+    agree_with_cursor("newest_row", rows, head, HASH, head)
+    last = data.draw(st.sampled_from((log.places[5], log.places[5], log.seq)))
+    floor, slot = data.draw(st.integers(0, log.seq + 1)), data.draw(st.integers(0, 2))
+    walked = agree_with_cursor("walk_rows", rows, log.seq, HASH, floor, last, slot, data.draw(st.integers(0, 60)))
+    if walked[0] == "value" and len(rows) > 1 and walked[1][0]:
+        # What it gathered is what is there, oldest first, and the window that is cut from it is the same.
+        assert all(row in rows.values() for row in walked[1][0])
+
+
+@thorough
+@given(small_logs(), st.data())
+def test_a_fold_in_place_is_a_replay(log: Log, data: st.DataObject) -> None:
+    cut = data.draw(st.integers(0, log.seq))
+    for twin in (pure, _kernel):
+        places = states.decode_places(log.states[cut])
+        assert twin.fold(HASH, places, b"".join(log.frames[cut:])) is None
+        assert states.encode_places(places) == log.states[-1]
+    assert agree("fold", HASH, (), b"")[0] is TypeError
+
+
+ENTRIES = st.lists(st.tuples(st.binary(min_size=8, max_size=8), st.binary(min_size=8, max_size=8)), max_size=9)
+
+
+@thorough
+@given(ENTRIES, st.data())
+def test_twins_agree_on_turn_ids(entries: list[tuple[bytes, bytes]], data: st.DataObject) -> None:
+    """Chunks as they are stored; some with a hole, a wrong end, or a flipped bit."""
+    first = data.draw(st.sampled_from((1, 1, 5)))
+    seqs = [first + index for index in range(len(entries))]
+    if seqs and data.draw(st.integers(0, 5)) == 0:
+        seqs[data.draw(st.integers(0, len(seqs) - 1))] += 1
+    raw = [id_hash + digest + seq.to_bytes(8, "big") for (id_hash, digest), seq in zip(entries, seqs, strict=True)]
+    size = data.draw(st.integers(1, 4))
+    seed = google_crc32c.value(HASH + b"ids")
+    chunks = []
+    for at in range(0, len(raw), size):
+        payload = b"".join(raw[at : at + size])
+        chunk = bytearray(google_crc32c.extend(seed, payload).to_bytes(4, "little") + payload)
+        if data.draw(st.integers(0, 20)) == 0:
+            chunk[data.draw(st.integers(0, len(chunk) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+        chunks.append(bytes(chunk))
+    head = data.draw(st.sampled_from((first + len(entries) - 1, first + len(entries) - 1, first + len(entries))))
+    asked = [id_hash for id_hash, _ in entries] * data.draw(st.integers(1, 15)) + [b"not here"]
+    found = agree_or_corrupt("find_turn_ids", HASH, chunks, head, data.draw(st.sampled_from((0, 3, 100))), asked)
+    if found[0] == "value" and entries:
+        newest = {id_hash: (seq, digest) for (id_hash, digest), seq in zip(entries, seqs, strict=True)}
+        assert found[1][: len(entries)] == [newest[id_hash] for id_hash, _ in entries]
+
+
+FIELDS = st.recursive(
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(0, 2**64 - 1),
+        st.sampled_from((2**64, -1, 1.5)),
+        st.text(max_size=300),
+        st.binary(max_size=300),
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.lists(st.tuples(st.integers(1, 70), inner), max_size=4).map(
+            lambda pairs: tuple(part for pair in pairs for part in pair)
+        ),
+    ),
+    max_leaves=12,
+)
+
+
+@thorough
+@given(st.lists(st.tuples(st.integers(-20, 70).filter(bool), FIELDS), max_size=8), st.booleans())
+def test_twins_agree_on_messages(pairs: list[tuple[int, Any]], torn: bool) -> None:
+    fields = tuple(part for pair in pairs for part in pair)
+    agree("encode_message", fields[:-1] if torn else fields)
+
+
+def test_a_message_is_what_protobuf_makes_of_it() -> None:
+    made = context_pb2.Receipt(rung=1, ownership=2, cloud_seq=2**63, stale=True, notice="ü" * 100, node="n")
+    made.head.epoch, made.head.seq, made.head.chain = 3, 4, b"c" * 16
+    made.verbatim.add(first_seq=1, last_seq=300)
+    made.verbatim.add(first_seq=302, last_seq=2**40)
+    made.stable_prefix.digest = b"d" * 200
+    ranges = [(1, 1, 2, 300), (1, 302, 2, 2**40)]
+    head, prefix = (1, 3, 2, 4, 3, b"c" * 16), (1, b"d" * 200, 2, 0)
+    fields = (1, 1, 2, 2, 3, ranges, 8, head, 9, 2**63, 11, True, 12, prefix, 15, "ü" * 100, 17, "n")
+    assert agree("encode_message", fields)[1] == made.SerializeToString()
+    version = context_pb2.CheckpointHeader(version=2**63 + 1, replay_cursor=1)
+    assert agree("encode_message", (-1, 2**63 + 1, 2, 1))[1] == version.SerializeToString()
 
 
 def test_a_link_to_itself_or_forward_is_corrupt() -> None:
