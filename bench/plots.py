@@ -104,7 +104,7 @@ def workers(points: list[Point]) -> Any:
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(FuncFormatter(plain))
     axes.set_xlabel("workers")
-    axes.set_ylabel("hot resumes a second")
+    axes.set_ylabel("hot resumes")
     axes.legend(loc="best", fontsize=8)
     return figure
 

@@ -111,13 +111,11 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def peers(ledger: Any) -> Iterator[Peers | None]:
+def peers(ledger: Any) -> Iterator[Peers]:
     try:
         made = Peers()
     except Missing as missing:
-        yield None
-        ledger.leave_out("hot resume against peers", str(missing))
-        return
+        pytest.skip(str(missing))
     with made:
         ledger.note("peers", ", ".join(f"{name} {version or 'missing'}" for name, version in made.versions.items()))
         yield made
@@ -146,15 +144,13 @@ def test_hot_resume_against(
     benchmark: Any,
     ledger: Any,
     size: Any,
+    peers: Peers,
     daemon: Daemon,
-    peers: Peers | None,
     places: Any,
     texts: Path,
     sizes: tuple[int, ...],
     recipe: Recipe,
 ) -> None:
-    if peers is None:
-        pytest.skip("the peers' packages are missing; make bench installs them")
     try:
         where = places(recipe.needs)
     except Missing as missing:
@@ -207,11 +203,9 @@ def test_hot_resume_against(
 
 
 def test_redis_as_shipped_reads_as_the_durable_one(
-    benchmark: Any, ledger: Any, size: Any, peers: Peers | None, places: Any, texts: Path
+    benchmark: Any, ledger: Any, size: Any, peers: Peers, places: Any, texts: Path
 ) -> None:
     # The recipes above run against a Redis that fsyncs every write, as our appends do. A read never waits for that.
-    if peers is None:
-        pytest.skip("the peers' packages are missing; make bench installs them")
     try:
         kinds = [places("redis"), places("redis as shipped")]
     except Missing as missing:

@@ -30,7 +30,8 @@ def test_throughput_by_workers(benchmark: Any, ledger: Any, size: Any) -> None:
     if "workers" not in Settings.__struct_fields__:
         pytest.skip("this build has no setting `workers`")
     cores = os.cpu_count() or 1
-    counts = [1, 2] + [count for count in (4, 8) if cores >= count + 2]
+    # None: one process that does everything.
+    counts = [1, 0, 2] + [count for count in (4, 8) if cores >= count + 2]
     names = [f"s{number}" for number in range(SESSIONS)]
     bodies = [wire.resume_request(name) for name in names]
     rounds, calls = size.of(10, 2), size.of(4000, 400)
@@ -59,7 +60,7 @@ def test_throughput_by_workers(benchmark: Any, ledger: Any, size: Any) -> None:
             benchmark, lambda: {count: run(count) for count in counts[1:]}, lambda: run(1), rounds
         )
     for count in counts[1:]:
-        case = f"hot resume, {count} workers, {CALLERS} callers"
+        case = f"hot resume, {f'{count} workers' if count else 'one process for all'}, {CALLERS} callers"
         for measure in ("calls/s of server CPU", "calls/s"):
             values = [answer[count][measure] for answer in mine], [answer[measure] for answer in facing]
             promise = ""
@@ -70,7 +71,7 @@ def test_throughput_by_workers(benchmark: Any, ledger: Any, size: Any) -> None:
     for name in ("calls/s", "calls/s of server CPU"):
         series = "sessiond" if name == "calls/s" else "sessiond, a second of server CPU"
         ledger.point("workers", series, 1, [answer[name] for answer in facing])
-        for count in counts[1:]:
+        for count in counts[2:]:
             ledger.point("workers", series, count, [answer[count][name] for answer in mine])
     busy = (
         [answer["cores"] for answer in facing],
