@@ -348,8 +348,10 @@ def test_conflicts_beyond_32_mib_keep_their_heads(wire: Wire, name: str) -> None
     assert [conflict.truncated for conflict in told] == [False] * 32 + [True] * 8
 
 
-def test_items_take_the_places_of_calls_that_are_free_and_give_them_back(name: str) -> None:
-    with running_daemon(concurrent_calls_max=1) as daemon:
+@pytest.mark.parametrize("calls_max", [1, 8])
+def test_items_take_the_places_of_calls_that_are_free_and_give_them_back(name: str, calls_max: int) -> None:
+    name = name.partition("[")[0]
+    with running_daemon(concurrent_calls_max=calls_max) as daemon:
         wire = Wire(daemon.address)
         sessions = [f"{name}-{n}" for n in range(8)]
         for session in sessions:
