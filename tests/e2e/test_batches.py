@@ -361,6 +361,13 @@ def test_items_take_the_places_of_calls_that_are_free_and_give_them_back(name: s
             assert [item.response.head.seq for item in items] == [n + 1] * 8
             assert all(item.HasField("context") for item in resume(wire, *map(asked, sessions)))
         assert wire.resume(sessions[0]).window.last_seq == 3
+        # Each waits for its flush, so that all of them are under way at the same time.
+        cloud = {"durability": turn_pb2.DURABILITY_CLOUD}
+        slow = [
+            wire.sessions.AppendTurn.future(given(session, user("slow", "x"), **cloud), timeout=60)
+            for session in sessions[:calls_max]
+        ]
+        assert [call.result().head.seq for call in slow] == [4] * calls_max
         wire.close()
 
 
