@@ -189,7 +189,7 @@ def test_items_that_were_not_begun_in_time_say_so_and_those_that_were_say_that_i
         told = [str(outcome) for outcome in outcomes]
         assert all("whether it was carried out is not known" in text for text in told[1:3])
         assert all("before this item was begun" in text for text in told[3:])
-        assert desk.deadlines == {350}
+        assert desk.deadlines == {340}
         assert desk.begun == items[:3]
         # As a single call's is by gRPC.
         await until(lambda: sorted(desk.cancelled) == [b"slow", b"slow-too"])

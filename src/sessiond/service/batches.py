@@ -26,8 +26,10 @@ BEGUN_AT_ONCE: Final = 8
 SLICE_S: Final = 0.002
 # A reply is far below the 64 MiB that the transport takes, and a batch holds it twice for a moment.
 REPLY_BYTES_MAX: Final = 32 * 1024**2
-# Left of a caller's deadline for putting the reply together, and for its way; of a short one, this share.
+# Left of a caller's deadline for putting the reply together and for its way, and for each item that waits for a node or
+# the store until its time is up: all of them end at once then. Of a short deadline, this share.
 MARGIN_MS: Final = 50
+MARGIN_ITEM_MS: Final = 2
 MARGIN_SHARE: Final = 4
 
 Outcome = bytes | Exception
@@ -101,7 +103,8 @@ class Batch:
         self._ends_ms: int | None = None
         if call.deadline_ms is not None:
             left_ms = call.deadline_ms - clock_ms()
-            self._ends_ms = call.deadline_ms - min(MARGIN_MS, max(0, left_ms) // MARGIN_SHARE)
+            margin_ms = MARGIN_MS + MARGIN_ITEM_MS * len(items)
+            self._ends_ms = call.deadline_ms - min(margin_ms, max(0, left_ms) // MARGIN_SHARE)
         self._call = replace(call, deadline_ms=self._ends_ms)
         self._outcomes: list[Outcome | None] = [None] * len(items)
         self._begun = [False] * len(items)
