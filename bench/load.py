@@ -40,6 +40,9 @@ IDLE_S_MAX = 60.0
 RECV_BYTES = 1 << 20
 WINDOW_MAX = (1 << 31) - 1
 GIVE_BACK_BYTES = 64 * 1024**2
+# What every peer must take: RFC 9113, sections 4.2 and 6.9.2.
+FRAME_BYTES_MAX = 16_384
+STREAM_BYTES_MAX = 65_535
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE = 0, 1, 3, 4, 6, 7, 8
@@ -111,7 +114,15 @@ class Connection:
         stream, self.next_stream = self.next_stream, self.next_stream + 2
         self.under_way[stream] = [caller, time.perf_counter() if since is None else since, 0]
         body = b"\0" + len(message).to_bytes(4, "big") + message
-        return frame(HEADERS, END_HEADERS, stream, self.headers) + frame(DATA, END_STREAM, stream, body)
+        head = frame(HEADERS, END_HEADERS, stream, self.headers)
+        if size <= FRAME_BYTES_MAX:
+            return head + frame(DATA, END_STREAM, stream, body)
+        # A stream's own window is not watched: no message is larger than what it begins with.
+        assert size <= STREAM_BYTES_MAX, f"{size} bytes are more than a stream may send at first"
+        starts = range(0, size, FRAME_BYTES_MAX)
+        return head + b"".join(
+            frame(DATA, END_STREAM if at == starts[-1] else 0, stream, body[at : at + FRAME_BYTES_MAX]) for at in starts
+        )
 
     def receive(self) -> tuple[list[tuple[int, float]], bytes]:
         """(caller and seconds of each call that ended, bytes to send)."""

@@ -33,6 +33,7 @@ ANSWER_S_MAX = 300.0
 FIRST_NUMBER = 1_000_000
 CALLS_MAX = 10_000_000
 MADE_AT_ONCE = 5000
+BATCHED = 32
 
 
 def environment() -> dict[str, str]:
@@ -201,13 +202,21 @@ class Load:
 
     def make(self, address: str, names: list[str], turns: int, turn_bytes: int) -> None:
         """Sessions of so many turns of so many bytes, their counts supplied: far more than a stub could make."""
+        said = [talk.turn(number, turn_bytes=turn_bytes) for number in range(1, turns + 1)]
         for start in range(0, len(names), MADE_AT_ONCE):
             part = names[start : start + MADE_AT_ONCE]
             creates = [session_pb2.CreateSessionRequest(session_id=name).SerializeToString() for name in part]
             self.run(address, wire.CREATE, len(part), creates, each=True)
-            said = [talk.turn(number, turn_bytes=turn_bytes) for number in range(1, turns + 1)]
-            appends = [session_pb2.AppendTurnRequest(session_id=name, turns=said).SerializeToString() for name in part]
-            self.run(address, wire.APPEND, len(part), appends, each=True)
+            batches = [
+                session_pb2.BatchAppendTurnsRequest(
+                    requests=[
+                        session_pb2.AppendTurnRequest(session_id=name, turns=said)
+                        for name in part[first : first + BATCHED]
+                    ]
+                ).SerializeToString()
+                for first in range(0, len(part), BATCHED)
+            ]
+            self.run(address, wire.BATCH_APPEND, len(batches), batches, each=True)
 
     def crowd(self, address: str, path: str, bodies: list[bytes], retry_ms: int) -> Future[dict[str, float]]:
         """Everybody at once, as soon as the address can be connected to; the answer comes when all have theirs.

@@ -71,6 +71,14 @@ def test_each_body_is_sent_once_whoever_is_free(service: Service, address: str) 
     assert sorted(service.requests) == sorted(bodies(50))
 
 
+def test_a_message_larger_than_a_frame_comes_whole(service: Service, address: str) -> None:
+    large = bytes(range(256)) * 250
+    with Load(callers=1, connections=1) as load:
+        # More than a connection's window, too: later ones wait for room.
+        load.run(address, PATH, 9, [large, b"small", large[:16_379]], each=True)
+    assert Counter(service.requests) == {large: 3, b"small": 3, large[:16_379]: 3}
+
+
 def test_a_caller_says_the_same_again_without_it(service: Service, address: str) -> None:
     with Load(callers=2, connections=1) as load:
         load.run(address, PATH, 40, bodies(5))
