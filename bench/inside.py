@@ -102,7 +102,7 @@ def hot_path(sessions: Sessions, parts: Parts) -> HotPath:
         running_ms=daemon.now_ms,
         note_resumed=lambda h: None,
         note_appended=lambda h, turns: None,
-        count_rung=sessions.count_rung,
+        rungs=sessions.rungs,
     )
 
 

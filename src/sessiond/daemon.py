@@ -258,7 +258,7 @@ class Daemon:
             running_ms=expiry_ms.running_ms,
             note_resumed=partial(note_resumed, ownership, router),
             note_appended=partial(note_appended, sessions, router),
-            count_rung=sessions.count_rung,
+            rungs=sessions.rungs,
         )
         server.serve(sessions, node, router, credentials, rescues.apply, hot.incarnation, watches)
         forks, states = Forks(parts, ownership, sessions), States(parts, ownership)

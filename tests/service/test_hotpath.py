@@ -46,7 +46,7 @@ def hot_path(node: LiveNode, **other: Any) -> HotPath:
         running_ms=node.clock,
         note_resumed=lambda h: None,
         note_appended=lambda h, turns: None,
-        count_rung=lambda rung: None,
+        rungs={"HOT": 0},
     )
 
 

@@ -315,7 +315,7 @@ class SimDaemon:
                 running_ms=expiry_ms.running_ms,
                 note_resumed=partial(note_resumed, ownership, router),
                 note_appended=partial(note_appended, self.sessions, router),
-                count_rung=self.sessions.count_rung,
+                rungs=self.sessions.rungs,
             )
         self.server.serve(self.sessions, self.admin, router, credentials, rescues.apply, hot.incarnation, watches)
         forks, states = Forks(parts, ownership, self.sessions), States(parts, ownership)

@@ -72,6 +72,21 @@ def session_hash(hash_key: bytes, tenant: str, session_id: str) -> bytes:
     return hashlib.blake2b(data, digest_size=16, key=hash_key, person=b"session").digest()
 
 
+class SessionHasher:
+    """session_hash for many sessions of one tenant."""
+
+    def __init__(self, hash_key: bytes, tenant: str) -> None:
+        name = tenant.encode()
+        prefix = len(name).to_bytes(2, "big") + name
+        self._begun = hashlib.blake2b(prefix, digest_size=16, key=hash_key, person=b"session")
+
+    def __call__(self, session_id: str) -> bytes:
+        """The session's hash."""
+        hasher = self._begun.copy()
+        hasher.update(session_id.encode())
+        return hasher.digest()
+
+
 def user_session(user_id: str) -> str:
     """The id of the hidden session that holds what belongs to a user and to no conversation; no caller can send it."""
     return f"{HIDDEN}user/{user_id}"

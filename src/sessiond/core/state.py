@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import msgpack
+import msgspec
 
 from sessiond.core.layout import RULE_VERSION
 from sessiond.errors import Corrupt
@@ -77,7 +78,15 @@ def decode_places(raw: bytes | memoryview) -> list[Any]:
 
 def decode(raw: bytes | memoryview) -> State:
     """The state with names. Raises as decode_places does."""
-    return State(*decode_places(raw)[:PLACES])
+    try:
+        state = _decoder.decode(raw)
+    except msgspec.MsgspecError:
+        # Of a later release, which has more places; or damaged, which is said in the words of decode_places.
+        return State(*decode_places(raw)[:PLACES])
+    return state if state.rule == RULE_VERSION else State(*decode_places(raw)[:PLACES])
+
+
+_decoder = msgspec.msgpack.Decoder(State)
 
 
 def restored_bytes(places: list[Any]) -> bytes:

@@ -328,11 +328,19 @@ def _choose_above(
 def build(source: Source, h: bytes, state: State, spec: Spec, standing: Standing) -> bytes:
     """The ActiveContext's wire bytes.
 
+    Raises as build_pieces does.
+    """
+    return b"".join(build_pieces(source, h, state, spec, standing))
+
+
+def build_pieces(source: Source, h: bytes, state: State, spec: Spec, standing: Standing) -> list[bytes]:
+    """The same in pieces, for whoever puts something in front.
+
     Raises Invalid BUDGET_TOO_SMALL if not even the newest legal cut fits, HistoryNeeded, Corrupt.
     """
     etag = _etag(state, spec, standing)
     if spec.proto.context_etag and spec.proto.context_etag == etag:
-        return core.encode_message((12, etag, 13, True, 16, _receipt(state, standing, (), (), (), None)))
+        return [core.encode_message((12, etag, 13, True, 16, _receipt(state, standing, (), (), (), None)))]
 
     slot, hybrid = spec.slot, spec.strategy == turn_pb2.STRATEGY_HYBRID
     floor = max((last for _, last in standing.unread), default=0)
@@ -406,7 +414,7 @@ def build(source: Source, h: bytes, state: State, spec: Spec, standing: Standing
         *(17, _state(state)),
     )
     pieces.append(core.encode_message(rest))
-    return b"".join(pieces)
+    return pieces
 
 
 def _receipt(

@@ -26,7 +26,7 @@ from sessiond.service.context import HotSource, Standing
 from sessiond.service.ownership import INLINE_COUNT_BYTES_MAX
 from sessiond.service.prepare import CHAIN_BYTES, Spec, check_session_id, prepare_turns
 from sessiond.tiers.hot import log
-from sessiond.tiers.hot.environment import Environment, Transaction
+from sessiond.tiers.hot.environment import Environment, ReadFailed, Transaction
 from sessiond.tiers.hot.log import PreparedTurn
 from sessiond.tiers.hot.rows import DURABILITY_EDGE, PHASE_OWNED, Head, decode_committed
 from sessiond.tokens import Tokenizer
@@ -37,10 +37,21 @@ REQUEST_BYTES_MAX: Final = INLINE_COUNT_BYTES_MAX
 # Specs that were checked before: a gateway asks for the same window again and again.
 SPECS_MAX: Final = 1024
 SPEC_BYTES_MAX: Final = 512
+TENANTS_MAX: Final = 1024
 
 _EDGE: Final = (turn_pb2.DURABILITY_UNSPECIFIED, turn_pb2.DURABILITY_EDGE)
 _CONFLICT_MODES: Final = frozenset(session_pb2.ConflictMode.values())
 _POLICY: Final = ("budget_tokens", "strategy", "encoding")
+
+
+def field_head(number: int, size: int) -> bytes:
+    """What stands before a message within a message: its tag and its length in bytes."""
+    head = bytearray((number << 3 | 2,))
+    while size > 0x7F:
+        head.append(size & 0x7F | 0x80)
+        size >>= 7
+    head.append(size)
+    return bytes(head)
 
 
 class LeaseView(Protocol):
@@ -90,11 +101,10 @@ class HotPath:
         running_ms: Callable[[], int],
         note_resumed: Callable[[bytes], None],
         note_appended: Callable[[bytes, int], None],
-        count_rung: Callable[[int], None],
+        rungs: dict[str, int],
     ) -> None:
         """The clocks are those of `service.ownership.Parts`. note_resumed: told of every session that was read.
-        note_appended: told of every session that was appended to, and of how many turns. count_rung: told of each
-        context's rung.
+        note_appended: told of every session that was appended to, and of how many turns. rungs: contexts by rung.
         """
         self._hot = hot
         self._hash_key = hash_key
@@ -110,8 +120,9 @@ class HotPath:
         self._running_ms = running_ms
         self._note_resumed = note_resumed
         self._note_appended = note_appended
-        self._count_rung = count_rung
+        self._rungs = rungs
         self._specs: dict[Any, Spec] = {}
+        self._hashers: dict[str, rules.SessionHasher] = {}
 
     # Resume ----------------------------------------------------------------------------------------------------------
 
@@ -124,9 +135,10 @@ class HotPath:
             if request.HasField("accept_missing") or request.reset_to_session_id:
                 return None
             # Not only for the refusal: there are sessions that no caller can name.
-            h = rules.session_hash(self._hash_key, tenant, check_session_id(request.session_id))
+            h = self._hasher(tenant)(check_session_id(request.session_id))
             tenure = self._lease.tenure
-            with self._hot.read() as transaction:
+            transaction = self._hot.begin_read()
+            try:
                 head = log.read_head(transaction, h)
                 if head is None or head.loss or not self._is_served(head, request.user_id):
                     return None
@@ -142,12 +154,23 @@ class HotPath:
                 standing = Standing(rung, ownership, self._node, head.head_seq, head.cloud_seq)
                 if request.known_checkpoint_version:
                     standing.stale = request.known_checkpoint_version > state.boundary[0] << 32 | state.boundary[1]
-                context = contexts.build(source, h, state, spec, standing)
-        except (SessiondError, log.HistoryNeeded, DecodeError):
+                pieces = contexts.build_pieces(source, h, state, spec, standing)
+            finally:
+                transaction.end_read()
+        except (SessiondError, log.HistoryNeeded, DecodeError, ReadFailed):
             return None
-        self._count_rung(rung)
+        self._rungs["HOT"] += 1
         self._note_resumed(h)
-        return core.encode_message((1, context))
+        pieces.insert(0, field_head(1, sum(map(len, pieces))))
+        return b"".join(pieces)
+
+    def _hasher(self, tenant: str) -> rules.SessionHasher:
+        hasher = self._hashers.get(tenant)
+        if hasher is None:
+            if len(self._hashers) >= TENANTS_MAX:
+                self._hashers.clear()
+            hasher = self._hashers[tenant] = rules.SessionHasher(self._hash_key, tenant)
+        return hasher
 
     def _ownership(self, tenure: int) -> int | None:
         """How sure this node is of what it owns, at this moment: `Ownership.standing`; None where that would refuse."""
@@ -223,7 +246,7 @@ class HotPath:
                 if len(request.expected.chain) not in (0, CHAIN_BYTES):
                     return None
                 expected = request.expected.epoch, request.expected.seq
-            h = rules.session_hash(self._hash_key, tenant, check_session_id(request.session_id))
+            h = self._hasher(tenant)(check_session_id(request.session_id))
             turns = prepare_turns(request.turns, self._hash_key, self._tokenizer, self._turn_bytes_max)
         except (SessiondError, DecodeError):
             return None

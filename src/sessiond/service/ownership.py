@@ -7,6 +7,7 @@ live node is never taken, and that one claim of a session is on its way at a tim
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
@@ -40,6 +41,7 @@ from sessiond.v1 import context_pb2
 OWN_ATTEMPTS_MAX: Final = 12
 # Sessions of which it is remembered when they were last read; others go by their newest turn.
 RESUMED_MAX: Final = 65_536
+READ_MAX: Final = 4096
 # Requests up to this are counted on the loop: a thread costs more (bench/README.md), and 4 KiB take below half a ms.
 INLINE_COUNT_BYTES_MAX: Final = 4096
 
@@ -185,8 +187,10 @@ class Ownership:
         self.moves = Moves()
         # Called when this node has taken a session over turns of its own that no log has: (hash, their epoch).
         self.on_reclaimed: Callable[[bytes, int], Awaitable[None]] = _nothing
-        # When sessions were last read, the newest last: reading writes nothing.
+        # When sessions were last read, the newest last: reading writes nothing. Those read just now have no date yet.
         self._resumed_ms: dict[bytes, int] = {}
+        self._read: set[bytes] = set()
+        self._dating = threading.Lock()
 
     async def off_loop(self, work: Callable[..., Result], *arguments: Any) -> Result:
         """The result of work that asks the store; a thread waits for it."""
@@ -243,15 +247,29 @@ class Ownership:
             raise log.deleted(session_id)
 
     def resumed_ms(self, h: bytes) -> int:
-        """When the session was last read from the hot tier; 0 if that is not known any more."""
+        """When the session was last read from the hot tier, never too early; 0 if that is not known any more."""
+        self._note_read()
         return self._resumed_ms.get(h, 0)
 
     def note_resumed(self, h: bytes) -> None:
         """The session was read just now."""
-        self._resumed_ms.pop(h, None)
-        self._resumed_ms[h] = self._parts.running_ms()
-        if len(self._resumed_ms) > RESUMED_MAX:
-            del self._resumed_ms[next(iter(self._resumed_ms))]
+        self._read.add(h)
+        if len(self._read) >= READ_MAX:
+            self._note_read()
+
+    def _note_read(self) -> None:
+        """Date what was read since the last time: once for all, for a clock takes longer than the rest."""
+        if not self._read:
+            return
+        with self._dating:
+            # Upkeep asks on a thread of its own: what is read meanwhile is in the next set.
+            read, self._read = self._read, set()
+            now_ms = self._parts.running_ms()
+            for h in list(read):
+                self._resumed_ms.pop(h, None)
+                self._resumed_ms[h] = now_ms
+            while len(self._resumed_ms) > RESUMED_MAX:
+                del self._resumed_ms[next(iter(self._resumed_ms))]
 
     def peek(self, h: bytes) -> Head | None:
         """The session's head row, whatever its phase."""

@@ -101,6 +101,13 @@ class Transaction:
         self.tables = tables
         self.changed: set[bytes] = set()
 
+    def end_read(self) -> None:
+        """End a read transaction."""
+        self.lmdb.abort()
+        # The binding gives the reader's slot back only when its object goes, and whoever still has ours may wait for
+        # the store next: a thousand cold sessions at once would take every slot there is.
+        self.lmdb = None
+
     def get(self, table: str, key: bytes) -> Any:
         """The value, or None."""
         return self.lmdb.get(key, db=self.tables[table])
@@ -135,6 +142,10 @@ class Transaction:
     def entries(self, table: str) -> int:
         """How many keys the table has."""
         return int(self.lmdb.stat(self.tables[table])["entries"])
+
+
+# What reading may raise besides; `Environment.read` says what it means.
+ReadFailed: Final = lmdb.Error
 
 
 class _Older(Transaction):
@@ -301,24 +312,24 @@ class Environment:
     @contextmanager
     def read(self) -> Iterator[Transaction]:
         """A read transaction; its buffers are memoryviews that end with it."""
-        if self.failed is not None:
-            raise self.failed
-        try:
-            raw = self._env.begin(buffers=True)
-        except lmdb.ReadersFullError as error:
-            raise Exhausted("OVERLOADED", "The hot tier has no free reader slot.") from error
-        except lmdb.Error as error:
-            raise self._judge(error) from error
-        transaction = Transaction(raw, self._tables)
+        transaction = self.begin_read()
         try:
             yield transaction
         except lmdb.Error as error:
             raise self._judge(error) from error
         finally:
-            raw.abort()
-            # The binding gives the reader's slot back only when its object goes, and whoever still has ours may wait
-            # for the store next: a thousand cold sessions at once would take every slot there is.
-            transaction.lmdb = None
+            transaction.end_read()
+
+    def begin_read(self) -> Transaction:
+        """The same for whoever sees to `end_read` and ReadFailed by himself."""
+        if self.failed is not None:
+            raise self.failed
+        try:
+            return Transaction(self._env.begin(buffers=True), self._tables)
+        except lmdb.ReadersFullError as error:
+            raise Exhausted("OVERLOADED", "The hot tier has no free reader slot.") from error
+        except lmdb.Error as error:
+            raise self._judge(error) from error
 
     @property
     def transaction_id(self) -> int:
