@@ -23,6 +23,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     data_dir: str = "sessiond-data"
     cloud: str = ""
     listen: str = "127.0.0.1:7443"
+    unix_socket: str = ""
+    workers: int = 0
     advertise: str = ""
     node_name: str = ""
     node_key: str = ""
@@ -125,7 +127,11 @@ def parse_tags(text: str) -> dict[str, str]:
     return tags
 
 
+# sockaddr_un has 108 bytes, the last of which ends the path.
+SOCKET_PATH_BYTES_MAX = 107
+
 _RANGES: dict[str, tuple[int, int]] = {
+    "workers": (0, 64),
     "map_size_bytes": (16 * 1024**2, 16 * 1024**4),
     "readers_max": (64, 65_536),
     "turn_bytes_max": (1024, 16 * 1024**2),
@@ -205,6 +211,10 @@ def check(settings: Settings) -> Settings:
     host, _, port = settings.listen.rpartition(":")
     if not settings.listen.startswith("unix:") and (not host or not port.isdigit() or int(port) > 65535):
         raise _wrong("listen", f"{settings.listen!r} is not HOST:PORT")
+    if settings.workers and settings.listen.startswith("unix:"):
+        raise _wrong("workers", f"{settings.workers} processes can't share {settings.listen!r}: use HOST:PORT")
+    if settings.unix_socket and (what := _no_socket(settings.unix_socket)):
+        raise _wrong("unix_socket", f"{settings.unix_socket!r} {what}")
     if settings.advertise and (what := _not_advertised(settings.advertise)):
         raise _wrong("advertise", f"{settings.advertise!r} {what}")
     for key in ("hash_key", "node_key"):
@@ -232,6 +242,16 @@ def check(settings: Settings) -> Settings:
         what = f"{settings.node!r} is not 1 to 128 letters, digits, '.', '_' and '-' of ASCII, a letter or digit first"
         raise _wrong("node_name", what)
     return settings
+
+
+def _no_socket(path: str) -> str:
+    """Why there can be no socket at this path; empty if nothing is known against it."""
+    if not path.startswith("/"):
+        return "is not an absolute path"
+    size_bytes = len(os.fsencode(path))
+    if size_bytes > SOCKET_PATH_BYTES_MAX:
+        return f"has {size_bytes} bytes; the path of a socket has {SOCKET_PATH_BYTES_MAX} at most"
+    return ""
 
 
 def _not_advertised(address: str) -> str:

@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ import structlog
 from sessiond import __version__, core, telemetry
 from sessiond.config import Settings
 from sessiond.errors import Corrupt, Denied, SessiondError, Unavailable
+from sessiond.keeper import Hears, Workers
 from sessiond.service.forks import Forks
 from sessiond.service.hotpath import HotPath
 from sessiond.service.node import CallCounts, Node
@@ -30,6 +31,7 @@ from sessiond.service.router import Router
 from sessiond.service.sessions import Sessions
 from sessiond.service.states import States
 from sessiond.service.watch import Watches
+from sessiond.tiers.block import Block
 from sessiond.tiers.cloud.bucket import open_bucket
 from sessiond.tiers.cloud.counting import CountingStore
 from sessiond.tiers.cloud.fit import ensure_fit
@@ -38,6 +40,7 @@ from sessiond.tiers.cloud.open import open_configured
 from sessiond.tiers.flush import Flusher
 from sessiond.tiers.hot.environment import Environment
 from sessiond.tiers.hot.log import doubt_owned
+from sessiond.tiers.hot.readers import OldReaders
 from sessiond.tiers.hot.rows import PHASE_RELEASED, decode_head
 from sessiond.tiers.hydrate import Claims, Segments
 from sessiond.tiers.hydrate import Node as NodeIdentity
@@ -46,8 +49,9 @@ from sessiond.tiers.peers import Owner, Peers
 from sessiond.tiers.steady import SteadyClock
 from sessiond.tiers.upkeep import Upkeep
 from sessiond.tokens import Tokenizer
+from sessiond.transport.options import TENANT
 from sessiond.transport.peers import Credentials, PeerChannels, node_key
-from sessiond.transport.server import TENANT, Server
+from sessiond.transport.server import Server
 from sessiond.v1 import admin_pb2, session_pb2, state_pb2
 
 log = structlog.get_logger("sessiond")
@@ -61,6 +65,8 @@ STOP_GRACE_S = 2.0
 AWAITED = frozenset(("STORE_UNAVAILABLE", "COMMIT_UNKNOWN"))
 STORE_AWAITED_S = 1.0
 WATCH_S = 1.0
+# How often workers learn of the clocks that expiry and idleness go by.
+PUBLISHED_S = 0.25
 # A disk counts as full for so long after it refused a turn.
 DISK_FULL_S = 5.0
 STORE_TOLD_EVERY = 30
@@ -84,6 +90,10 @@ class Daemon:
         self._details: Callable[[], dict[str, Any]] = dict
         self._channels: PeerChannels | None = None
         self._rescuing: asyncio.Task[None] | None = None
+        self._workers: Workers | None = None
+        self._publishing: asyncio.Task[None] | None = None
+        self._old_readers: OldReaders | None = None
+        self._holds = False
         self.port = 0
         self.served = False
 
@@ -94,33 +104,65 @@ class Daemon:
         """
         with contextlib.ExitStack() as opened:
             settings = self._settings
+            if settings.workers:
+                # Before anything is bound in it.
+                self._hold(opened)
+                self._workers = Workers(settings, private_folder(settings, opened))
+                opened.callback(self._workers.close)
             limits = settings.request_bytes_max, settings.concurrent_calls_max, settings.watchers_max
             server = Server(boot_clock_ms, self._calls, *limits)
             try:
                 node, lease = await self._start(server, opened)
             except BaseException:
-                await server.stop(0)
+                await self._stop(server, 0)
                 raise
             await self._serve(server)
             if self._failed is not None:
                 # Nothing is flushed or released: what could be read now may not be what is on the disk.
                 node.set_phase(admin_pb2.NODE_PHASE_DRAINING)
-                await server.stop(STOP_GRACE_S)
+                await self._stop(server, STOP_GRACE_S)
                 raise self._failed
             clean = await self._drain(node)
             if self._rescuing is not None:
                 self._rescuing.cancel()
-            await server.stop(STOP_GRACE_S)
+            await self._stop(server, STOP_GRACE_S)
             if self._channels is not None:
                 await self._channels.close()
             await asyncio.to_thread(lease.stop, clean)
         log.info(telemetry.STOPPED, clean=clean)
         return clean
 
+    def _hold(self, opened: contextlib.ExitStack) -> None:
+        """Be the only daemon on the data directory, from the first time on that this is called."""
+        if not self._holds:
+            refuse_network(str(self._settings.hot_dir), "data_dir")
+            opened.callback(os.close, hold_data_dir(self._settings))
+            self._holds = True
+
+    async def _stop(self, server: Server, grace_s: float) -> None:
+        """Take no more calls. Workers first: what they pass on is answered here."""
+        if self._publishing is not None:
+            self._publishing.cancel()
+        if self._workers is not None:
+            await self._workers.stop(grace_s)
+        await server.stop(grace_s)
+
+    async def _answer(self, server: Server) -> None:
+        """Begin answering calls, if it has not begun."""
+        await server.start()
+        if self._workers is not None:
+            await self._workers.start()
+
     async def _start(self, server: Server, opened: contextlib.ExitStack) -> tuple[Node, Lease]:
         settings = self._settings
         log.info(telemetry.STARTING, version=__version__, node=settings.node, compiled_core=core.COMPILED)
-        self.port = server.bind(settings.listen)
+        if self._workers is None:
+            self.port = server.bind(settings.listen)
+        else:
+            server.bind(self._workers.socket)
+            self.port = self._workers.port
+        if settings.unix_socket:
+            server.bind(f"unix:{settings.unix_socket}")
         address = settings.address(self.port)
         tokenizer = Tokenizer()
         tokenizer.verify_vocabularies()
@@ -132,8 +174,7 @@ class Daemon:
         reach = partial(self._reach, server, settings)
         bucket = await reach(partial(open_bucket, store, bytes.fromhex(settings.hash_key), now_ms()))
         await reach(partial(ensure_fit, store))
-        refuse_network(str(settings.hot_dir), "data_dir")
-        opened.callback(os.close, hold_data_dir(settings))
+        self._hold(opened)
         hot = Environment(settings.hot_dir, settings.map_size_bytes, settings.readers_max, settings.commit_group_max)
         opened.callback(hot.close)
         hot.check_store(bucket.store_id)
@@ -141,6 +182,9 @@ class Daemon:
         def hot_tier_failed(failure: SessiondError) -> None:
             log.error(telemetry.HOT_TIER_FAILED, reason=failure.reason, message=str(failure))
             self._failed = failure
+            if self._workers is not None:
+                # From here on they answer nothing by themselves.
+                self._workers.block.publish(phase=admin_pb2.NODE_PHASE_DRAINING)
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(server.shut_down.set)
 
@@ -161,6 +205,8 @@ class Daemon:
             transaction_id=lambda: hot.transaction_id,
             on_fenced=partial(fenced, hot, settings.node),
         )
+        if self._workers is not None:
+            lease.on_change = partial(publish_lease, self._workers.block, lease)
         await reach(partial(take_node, lease, hot, hot.opened_at))
         # Only now: its commit would make an older copy of the disk look like a newer one to the next start.
         hot.bind_store(bucket.store_id)
@@ -277,11 +323,17 @@ class Daemon:
             telemetry.HOT_TIER_FULL: hot.is_full,
         }
         self._details = lambda: {"error": store.last_error or flusher.last_error}
+        self._old_readers = OldReaders(hot, boot_clock_ms)
+        node.old_readers = lambda: self._old_readers.old if self._old_readers is not None else []
+        if self._workers is not None:
+            self._lead(self._workers, hot, node, sessions, ownership, router, watches, expiry_ms)
         if owns_nothing(hot) and await asyncio.to_thread(has_company, peers):
             # Nobody waits for this node: what it takes over must not wait for its first counts.
             await asyncio.to_thread(tokenizer.warm)
         node.phase = admin_pb2.NODE_PHASE_SERVING
-        await server.start()
+        await self._answer(server)
+        if self._workers is not None:
+            self._workers.block.publish(phase=node.phase)
         # Loading the vocabularies holds the interpreter for a quarter of a second that those who reconnect after a
         # restart must not wait for; the first append loads what it needs if it comes earlier.
         warm = threading.Timer(WARM_AFTER_S, tokenizer.warm)
@@ -294,6 +346,54 @@ class Daemon:
         where = {"listen": settings.listen, "port": self.port, "address": address}
         log.info(telemetry.SERVING, **where, cloud=store.url, hot=str(hot.path))
         return node, lease
+
+    def _lead(
+        self,
+        workers: Workers,
+        hot: Environment,
+        node: Node,
+        sessions: Sessions,
+        ownership: Ownership,
+        router: Router,
+        watches: Watches,
+        steady: SteadyClock,
+    ) -> None:
+        """Wire this node's state to the processes that answer calls for it."""
+
+        def used(hashes: Collection[bytes]) -> None:
+            for h in hashes:
+                note_resumed(ownership, router, h)
+
+        def counted(counts: dict[str, int]) -> None:
+            for name, count in counts.items():
+                kind, _, what = name.partition(":")
+                if kind == "call":
+                    self._calls.counts[(what, "OK", "")] += count
+                elif kind == "rung":
+                    sessions.rungs[what] += count
+                elif kind == "turns":
+                    sessions.turns_appended += count
+
+        workers.hears = Hears(watches.changed, used, counted, hot.give_up)
+        node.workers, node.worker_group_max = workers.status, workers.group_size_max
+        health = node.on_phase
+
+        def on_phase() -> None:
+            workers.block.publish(phase=node.phase)
+            health()
+
+        node.on_phase = on_phase
+
+        async def publish() -> None:
+            while True:
+                steady_ms, running_ms = steady.offsets_ms()
+                workers.block.publish(steady_offset_ms=steady_ms, running_offset_ms=running_ms)
+                await asyncio.sleep(PUBLISHED_S)
+
+        steady_ms, running_ms = steady.offsets_ms()
+        workers.block.publish(steady_offset_ms=steady_ms, running_offset_ms=running_ms)
+        self._publishing = asyncio.create_task(publish())
+        workers.open(hot)
 
     async def _reach(self, server: Server, settings: Settings, work: Callable[[], Result]) -> Result:
         """What asks the store for something at the start. A node that has served before waits for a bucket that does
@@ -310,7 +410,7 @@ class Daemon:
                     raise
                 server.waits_for = f" and waits for the cloud tier: {error.message.rstrip('.')}"
                 if waits == 0:
-                    await server.start()
+                    await self._answer(server)
                 if waits % STORE_TOLD_EVERY == 0:
                     log.warning(telemetry.STORE_AWAITED, reason=error.reason, message=error.message)
                 waits += 1
@@ -325,6 +425,7 @@ class Daemon:
     async def _watch(self) -> None:
         """Log what begins to be wrong and what is over, each once; callers are told with every reply."""
         wrong: dict[str, int] = {}
+        told: set[int] = set()
         while True:
             for name, holds in self._conditions.items():
                 if holds() and name not in wrong:
@@ -332,7 +433,19 @@ class Daemon:
                     log.warning(name, **self._details())
                 elif name in wrong and not holds():
                     log.info(name, over=True, lasted_ms=boot_clock_ms() - wrong.pop(name), **self._details())
+            self._watch_readers(told)
             await asyncio.sleep(WATCH_S)
+
+    def _watch_readers(self, told: set[int]) -> None:
+        """Log each process once that has a read transaction open for long. told: those that were."""
+        if self._old_readers is None or self._failed is not None:
+            return
+        old = dict(self._old_readers.look())
+        for pid, age_ms in old.items():
+            if pid not in told:
+                log.warning(telemetry.OLD_READER, pid=pid, age_ms=age_ms)
+        told.clear()
+        told.update(old)
 
     async def _drain(self, node: Node) -> bool:
         if node.phase == admin_pb2.NODE_PHASE_DRAINED:
@@ -384,6 +497,25 @@ def note_appended(sessions: Sessions, router: Router, h: bytes, turns: int) -> N
     """Turns were appended through this node, by a caller of its own."""
     sessions.turns_appended += turns
     router.asked_here(h)
+
+
+def private_folder(settings: Settings, opened: contextlib.ExitStack) -> int:
+    """A descriptor of the data directory's folder that only this user can open. Raises Denied UNWRITABLE_FOLDER."""
+    path = Path(settings.data_dir).absolute() / "run"
+    try:
+        path.mkdir(mode=0o700, exist_ok=True)
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        opened.callback(os.close, descriptor)
+        os.fchmod(descriptor, 0o700)
+    except OSError as error:
+        what = f"The folder {path} can't be used: {error}."
+        raise Denied("UNWRITABLE_FOLDER", what, {"path": str(path)}, [("data_dir", str(error))]) from error
+    return descriptor
+
+
+def publish_lease(block: Block, lease: Lease) -> None:
+    """Tell the workers how the lease stands."""
+    block.publish(valid_until_ms=lease.valid_until_ms, tenure=lease.tenure, lost=lease.lost, fenced=lease.fenced)
 
 
 def owns_nothing(hot: Environment) -> bool:

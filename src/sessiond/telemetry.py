@@ -24,6 +24,13 @@ PEER_FENCED: Final = "peer_fenced"
 LEASE_LOST: Final = "lease_lost"
 HOT_TIER_FAILED: Final = "hot_tier_failed"
 START_REFUSED: Final = "start_refused"
+# A reader that keeps pages of the hot tier from being used again.
+OLD_READER: Final = "old_reader"
+# What becomes of worker processes.
+WORKER_SERVES: Final = "worker_serves"
+WORKER_GONE: Final = "worker_gone"
+WORKER_KILLED: Final = "worker_killed"
+WORKER_FAILED: Final = "worker_failed"
 
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 

@@ -44,6 +44,8 @@ STOP_TIMEOUT_S: Final = 60.0
 MAP_SIZE_BYTES: Final = 1024**3
 READINESS: Final = "readiness"
 LOG_TAIL_BYTES: Final = 4096
+# Settings of every daemon that is started here, unless it is given others.
+DEFAULTS: Final[dict[str, str | int | bool]] = {"map_size_bytes": MAP_SIZE_BYTES}
 _CHANNEL_OPTIONS: Final = [
     # A daemon that is not there yet is asked again soon, whatever another channel of this process has seen.
     ("grpc.initial_reconnect_backoff_ms", 20),
@@ -79,7 +81,7 @@ class Daemon:
         self._port = port
         self._port_is_given = port != 0
         self._env = dict(env)
-        self._settings: dict[str, Setting] = {"map_size_bytes": MAP_SIZE_BYTES, **settings}
+        self._settings: dict[str, Setting] = {**DEFAULTS, **settings}
 
     @property
     def port(self) -> int:

@@ -19,6 +19,8 @@ HELP: Final = {
     "data_dir": "Folder of the hot tier, and of the cloud tier unless --cloud names another.",
     "cloud": "The cloud tier: file:///folder or s3://bucket/prefix. Default: a folder in the data directory.",
     "listen": "Address to serve on: HOST:PORT or unix:PATH.",
+    "unix_socket": "Path of a Unix socket to serve on as well; empty for none.",
+    "workers": "Processes that answer calls, up to 64; 0 answers everything in one process.",
     "advertise": "HOST:PORT at which other nodes reach this one. Default: --listen, or the host's name with its port.",
     "node_name": "Name of this node, unique among those that share the cloud tier. Default: the host's name.",
     "s3_endpoint": "URL of an S3-compatible store; empty for AWS.",

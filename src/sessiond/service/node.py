@@ -79,6 +79,10 @@ class Node:
         self._rescues = rescues
         self.answered_for_others: Callable[[], int] = lambda: 0
         self.watches: Watches | None = None
+        # The processes that answer calls beside this one, and read transactions that are old: (pid, ms).
+        self.workers: Callable[[], list[admin_pb2.WorkerStatus]] = list
+        self.worker_group_max: Callable[[], int] = lambda: 0
+        self.old_readers: Callable[[], list[tuple[int, int]]] = list
         self._parts = parts
         self._sessions = sessions
         self._store = store
@@ -108,6 +112,7 @@ class Node:
         with parts.hot.read() as transaction:
             # One row for each conversation; what belongs to users has none.
             sessions = transaction.entries("users")
+        workers = self.workers()
         cloud = admin_pb2.CloudTierStatus(
             url=parts.store.url,
             store_id=parts.bucket.store_id,
@@ -137,8 +142,11 @@ class Node:
             ),
             cloud=cloud,
             group_commit=admin_pb2.GroupCommitStatus(
-                commits=parts.hot.commits, appends=parts.hot.appends, group_max=parts.hot.group_size_max
+                commits=parts.hot.commits + sum(worker.commits for worker in workers),
+                appends=parts.hot.appends + sum(worker.appends for worker in workers),
+                group_max=max(parts.hot.group_size_max, self.worker_group_max()),
             ),
+            workers=workers,
             resident_bytes=resident_bytes(),
             turns_appended=self._sessions.turns_appended,
             flush=admin_pb2.FlushStatus(
@@ -158,6 +166,8 @@ class Node:
                 last_error=self._upkeep.last_error,
             ),
         )
+        for pid, age_ms in self.old_readers():
+            response.old_readers.add(pid=pid, age_ms=age_ms)
         self._tell_ownership(response.ownership)
         for (method, status, reason), count in sorted(self._calls.counts.items()):
             response.calls.add(method=method, status=status, reason=reason, count=count)

@@ -876,9 +876,9 @@ class Watches:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody watches any more
                 self._loop.call_soon_threadsafe(self.changed, watched)
 
-    def changed(self, hashes: Collection[bytes]) -> None:
-        """The head rows of these sessions were written."""
-        for h in hashes:
+    def changed(self, hashes: Collection[bytes] | None) -> None:
+        """The head rows of these sessions were written; None: of any."""
+        for h in list(self._feeds) if hashes is None else hashes:
             feed = self._feeds.get(h)
             if feed is not None:
                 feed.poke()

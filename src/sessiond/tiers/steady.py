@@ -47,6 +47,15 @@ class SteadyClock:
             steady_ms = self._offset_ms + boot_ms
         return min(wall_ms, steady_ms)
 
+    def offsets_ms(self) -> tuple[int, int]:
+        """(what expiry goes by, what idleness goes by), each less the boot clock, for other processes of this node.
+
+        The wall clock is not in them: whoever has them takes the earlier of the two, or the later.
+        """
+        self()
+        store_ms, boot_ms = self._store_ms(), self._boot_ms()
+        return self._offset_ms if store_ms is None else store_ms - boot_ms, self._offset_ms
+
     def running_ms(self) -> int:
         """The time since the start, added to the time that it was then: what idleness goes by, whatever is set."""
         return self._offset_ms + self._boot_ms()

@@ -28,26 +28,20 @@ from sessiond.service.router import Refused, Router
 from sessiond.service.sessions import Sessions
 from sessiond.service.watch import WATCH, Watches
 from sessiond.transport.batched import ITEMS, RESUMES, Batched
+from sessiond.transport.options import SERVICES, TENANT, rpcs_max, server_options
 from sessiond.transport.peers import Credentials
+from sessiond.transport.sockets import bind_unix, in_use, socket_path
 from sessiond.transport.status import DETAILS_KEY, status_code, status_proto
 from sessiond.transport.wire import embed, parse, reply
-from sessiond.v1 import admin_pb2, node_pb2, session_pb2, state_pb2
+from sessiond.v1 import admin_pb2, node_pb2, session_pb2
 
 log = structlog.get_logger("sessiond.transport")
 
-# Above every limit of ours, whose refusals carry details; the transport's own does not.
-TRANSPORT_BYTES_MAX: Final = 64 * 1024**2
 LIVENESS: Final = "liveness"
 READINESS: Final = "readiness"
 # Not a reason to send calls elsewhere: sessions that the node owns are served without it.
 CLOUD_TIER: Final = "cloud"
 HEALTH_PERIOD_S: Final = 0.5
-SERVICES: Final = (
-    session_pb2.DESCRIPTOR.services_by_name["SessionService"],
-    state_pb2.DESCRIPTOR.services_by_name["StateService"],
-    admin_pb2.DESCRIPTOR.services_by_name["AdminService"],
-    node_pb2.DESCRIPTOR.services_by_name["NodeService"],
-)
 # Calls about one session, or what belongs to one user, which its owner answers.
 FORWARDED: Final = frozenset(
     method.name
@@ -60,8 +54,6 @@ REDIRECT_HEADER: Final = "x-sessiond-redirect"
 # What a forwarded request has around it.
 FORWARD_BYTES: Final = 4096
 CODES: Final = {code.value[0]: code for code in grpc.StatusCode}
-# Until identities are verified, every caller is of this tenant.
-TENANT: Final = "default"
 
 Unary = Callable[[Call, Any], Awaitable[Any]]
 
@@ -101,26 +93,8 @@ class Server:
         # What a node that starts says it waits for.
         self.waits_for = ""
         self.shut_down = asyncio.Event()
-        # Twice our own limits and room for health: what is above ours must get as far as its details.
-        rpcs_max = 2 * (concurrent_calls_max + watchers_max) + 64
-        self._server = grpc.aio.server(
-            options=[
-                ("grpc.max_receive_message_length", TRANSPORT_BYTES_MAX),
-                ("grpc.max_send_message_length", TRANSPORT_BYTES_MAX),
-                # A second daemon on the port must be told, not given half of the calls.
-                ("grpc.so_reuseport", 0),
-                ("grpc.keepalive_time_ms", 60_000),
-                ("grpc.keepalive_timeout_ms", 20_000),
-                ("grpc.keepalive_permit_without_calls", 1),
-                ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
-                ("grpc.http2.max_ping_strikes", 5),
-                # Beyond 1,000 calls that came and were not taken up yet gRPC cancels new ones at random, and says not
-                # why: thousands of devices come back at once after a restart.
-                ("grpc.server.max_pending_requests", rpcs_max),
-                ("grpc.server.max_pending_requests_hard_limit", rpcs_max),
-            ],
-            maximum_concurrent_rpcs=rpcs_max,
-        )
+        rpcs = rpcs_max(concurrent_calls_max, watchers_max)
+        self._server = grpc.aio.server(options=server_options(rpcs, False), maximum_concurrent_rpcs=rpcs)
         for service in SERVICES:
             handlers = {
                 method.name: self._handler(service.name, method.name, method.server_streaming)
@@ -133,18 +107,19 @@ class Server:
 
     def bind(self, listen: str) -> int:
         """Take the address; the port that was taken. Raises Unavailable PORT_IN_USE."""
+        if listen.startswith("unix:"):
+            bind_unix(socket_path(listen), lambda: self._listen(listen))
+            return 0
+        port = self._listen(listen)
+        if port == 0:
+            raise in_use(listen, "gRPC says no more")
+        return port
+
+    def _listen(self, listen: str) -> int:
         try:
-            port = self._server.add_insecure_port(listen)
+            return int(self._server.add_insecure_port(listen))
         except RuntimeError as error:
-            raise Unavailable(
-                "PORT_IN_USE",
-                f"The address {listen} can't be listened on: {error}.",
-                {"listen": listen},
-                [("listen", "in use, or not an address of this machine")],
-            ) from error
-        if port == 0 and not listen.startswith("unix:"):
-            raise Unavailable("PORT_IN_USE", f"The address {listen} can't be listened on.", {"listen": listen})
-        return int(port)
+            raise in_use(listen, error) from error
 
     def serve(
         self,

@@ -25,7 +25,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("version", "node", "incarnation", "phase", "started_at_unix_ms", "compiled_core", "hot", "cloud", "calls", "rungs", "group_commit", "resident_bytes", "turns_appended", "flush", "upkeep", "ownership")
+    __slots__ = ("version", "node", "incarnation", "phase", "started_at_unix_ms", "compiled_core", "hot", "cloud", "calls", "rungs", "group_commit", "resident_bytes", "turns_appended", "flush", "upkeep", "ownership", "workers", "old_readers")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
@@ -42,6 +42,8 @@ class GetStatusResponse(_message.Message):
     FLUSH_FIELD_NUMBER: _ClassVar[int]
     UPKEEP_FIELD_NUMBER: _ClassVar[int]
     OWNERSHIP_FIELD_NUMBER: _ClassVar[int]
+    WORKERS_FIELD_NUMBER: _ClassVar[int]
+    OLD_READERS_FIELD_NUMBER: _ClassVar[int]
     version: str
     node: str
     incarnation: bytes
@@ -58,7 +60,39 @@ class GetStatusResponse(_message.Message):
     flush: FlushStatus
     upkeep: UpkeepStatus
     ownership: OwnershipStatus
-    def __init__(self, version: _Optional[str] = ..., node: _Optional[str] = ..., incarnation: _Optional[bytes] = ..., phase: _Optional[_Union[NodePhase, str]] = ..., started_at_unix_ms: _Optional[int] = ..., compiled_core: _Optional[bool] = ..., hot: _Optional[_Union[HotTierStatus, _Mapping]] = ..., cloud: _Optional[_Union[CloudTierStatus, _Mapping]] = ..., calls: _Optional[_Iterable[_Union[CallCount, _Mapping]]] = ..., rungs: _Optional[_Iterable[_Union[RungCount, _Mapping]]] = ..., group_commit: _Optional[_Union[GroupCommitStatus, _Mapping]] = ..., resident_bytes: _Optional[int] = ..., turns_appended: _Optional[int] = ..., flush: _Optional[_Union[FlushStatus, _Mapping]] = ..., upkeep: _Optional[_Union[UpkeepStatus, _Mapping]] = ..., ownership: _Optional[_Union[OwnershipStatus, _Mapping]] = ...) -> None: ...
+    workers: _containers.RepeatedCompositeFieldContainer[WorkerStatus]
+    old_readers: _containers.RepeatedCompositeFieldContainer[ReaderStatus]
+    def __init__(self, version: _Optional[str] = ..., node: _Optional[str] = ..., incarnation: _Optional[bytes] = ..., phase: _Optional[_Union[NodePhase, str]] = ..., started_at_unix_ms: _Optional[int] = ..., compiled_core: _Optional[bool] = ..., hot: _Optional[_Union[HotTierStatus, _Mapping]] = ..., cloud: _Optional[_Union[CloudTierStatus, _Mapping]] = ..., calls: _Optional[_Iterable[_Union[CallCount, _Mapping]]] = ..., rungs: _Optional[_Iterable[_Union[RungCount, _Mapping]]] = ..., group_commit: _Optional[_Union[GroupCommitStatus, _Mapping]] = ..., resident_bytes: _Optional[int] = ..., turns_appended: _Optional[int] = ..., flush: _Optional[_Union[FlushStatus, _Mapping]] = ..., upkeep: _Optional[_Union[UpkeepStatus, _Mapping]] = ..., ownership: _Optional[_Union[OwnershipStatus, _Mapping]] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., old_readers: _Optional[_Iterable[_Union[ReaderStatus, _Mapping]]] = ...) -> None: ...
+
+class WorkerStatus(_message.Message):
+    __slots__ = ("number", "pid", "restarts", "resident_bytes", "answered", "relayed", "commits", "appends", "hand_overs")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    RESTARTS_FIELD_NUMBER: _ClassVar[int]
+    RESIDENT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ANSWERED_FIELD_NUMBER: _ClassVar[int]
+    RELAYED_FIELD_NUMBER: _ClassVar[int]
+    COMMITS_FIELD_NUMBER: _ClassVar[int]
+    APPENDS_FIELD_NUMBER: _ClassVar[int]
+    HAND_OVERS_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    pid: int
+    restarts: int
+    resident_bytes: int
+    answered: int
+    relayed: int
+    commits: int
+    appends: int
+    hand_overs: int
+    def __init__(self, number: _Optional[int] = ..., pid: _Optional[int] = ..., restarts: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., answered: _Optional[int] = ..., relayed: _Optional[int] = ..., commits: _Optional[int] = ..., appends: _Optional[int] = ..., hand_overs: _Optional[int] = ...) -> None: ...
+
+class ReaderStatus(_message.Message):
+    __slots__ = ("pid", "age_ms")
+    PID_FIELD_NUMBER: _ClassVar[int]
+    AGE_MS_FIELD_NUMBER: _ClassVar[int]
+    pid: int
+    age_ms: int
+    def __init__(self, pid: _Optional[int] = ..., age_ms: _Optional[int] = ...) -> None: ...
 
 class OwnershipStatus(_message.Message):
     __slots__ = ("owned_sessions", "fenced_sessions", "claims", "steals", "fenced", "forwarded", "answered_for_others", "rescues", "watchers")

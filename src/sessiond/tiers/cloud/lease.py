@@ -144,6 +144,8 @@ class Lease:
         self.tenure = 0
         # How often this node was fenced.
         self.fences = 0
+        # Called whenever any of what is_valid, tenure and lost say has changed, before anything follows from it.
+        self.on_change: Callable[[], None] = lambda: None
         # What time it is, for a successor whose clock says something else; 0 until somebody knows.
         self.seen_ms: Callable[[], int] = lambda: 0
 
@@ -229,6 +231,7 @@ class Lease:
         body = envelope.seal(envelope.KIND_LEASE, {**self._fields, **moving})
         self._etag = self._store.put(self._key, body, if_absent=if_absent, if_match=if_match)
         self._valid_until_ms = sent_ms + self._lease_ms
+        self.on_change()
 
     def rename(self, incarnation: bytes) -> None:
         """Hold the name, from the next write on, for another incarnation of this process's hot tier."""
@@ -260,6 +263,7 @@ class Lease:
                 return False
             if not self._is_this(holder):
                 self.lost = True
+                self.on_change()
                 return False
             if holder.get("fenced"):
                 return self._take_again(found.etag)
@@ -273,7 +277,9 @@ class Lease:
 
     def _renewed(self, sent_ms: int, etag: str) -> bool:
         self._write(sent_ms, if_match=etag)
-        self.fenced = False
+        if self.fenced:
+            self.fenced = False
+            self.on_change()
         return True
 
     def _take_again(self, etag: str) -> bool:
@@ -282,12 +288,15 @@ class Lease:
         self.fenced = True
         self.fences += 1
         self.tenure += 1
+        # Whatever process answers from these rows hears of it before they are doubted.
+        self.on_change()
         try:
             self._on_fenced()
         except SessiondError:
             return False  # nothing is taken again before that is done: the next renewal tries
         # What began between the fence and this moment belongs to neither time.
         self.tenure += 1
+        self.on_change()
         # From here on a write of ours whose answer is lost is told from the fence by its start.
         self._fields["start_id"] = os.urandom(16)
         self._etag = etag
@@ -295,6 +304,11 @@ class Lease:
             return self._renewed(self._clock_ms(), etag)
         except StoreError:
             return False
+
+    @property
+    def valid_until_ms(self) -> int:
+        """Until when the newest definite renewal holds, by the boot clock; 0 if it does not."""
+        return 0 if self.lost or self.fenced else self._valid_until_ms
 
     def is_valid(self) -> bool:
         """Whether no other node can have fenced this one."""

@@ -81,6 +81,11 @@ RESERVE_KEPT_BYTES: Final = 1024**2
 FREED_SHARE: Final = 4
 # Pages that one write changes besides what it adds: a path through each of the tables.
 WRITE_BYTES_MAX: Final = 32 * 1024
+# What a process does with LMDB's write lock, as `Environment.on_lock` is told.
+LOCK_FREE: Final = 0
+LOCK_WAITS: Final = 1
+LOCK_HELD: Final = 2
+LOCK_COMMITS: Final = 3
 
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 _TOO_MANY_FILES: Final = (errno.EMFILE, errno.ENFILE)
@@ -229,6 +234,9 @@ class Environment:
         self.on_failed: Callable[[SessiondError], None] = lambda error: None
         # Called with the sessions that a commit changed, after its fsync and before whoever asked for it is answered.
         self.on_commit: Callable[[Collection[bytes]], None] = lambda changed: None
+        # Called with LOCK_ values as the write lock is asked for, held, about to be given back by a commit, and free:
+        # other processes of the node look at it, and at nothing else, to tell a writer that is stuck.
+        self.on_lock: Callable[[int], None] = lambda what: None
         self._queue: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         self._driver = driver
         self._thread: threading.Thread | None = None
@@ -427,20 +435,26 @@ class Environment:
                 work.error = failed
             return
         try:
-            with self._env.begin(write=True) as raw:
-                _check_length(self._env, self._file, self.path)
-                full = self._reserve(group)
-                transaction = Transaction(raw, self._tables)
-                for work in group:
-                    if full is not None and work.weight_bytes:
-                        work.error = full
-                        continue
-                    try:
-                        work.result = work.operation(transaction)
-                    except SessiondError as refused:
-                        # Operations check before they write: a refusal has written nothing.
-                        work.error = refused
-                self._measure(raw, group)
+            self.on_lock(LOCK_WAITS)
+            try:
+                with self._env.begin(write=True) as raw:
+                    self.on_lock(LOCK_HELD)
+                    _check_length(self._env, self._file, self.path)
+                    full = self._reserve(group)
+                    transaction = Transaction(raw, self._tables)
+                    for work in group:
+                        if full is not None and work.weight_bytes:
+                            work.error = full
+                            continue
+                        try:
+                            work.result = work.operation(transaction)
+                        except SessiondError as refused:
+                            # Operations check before they write: a refusal has written nothing.
+                            work.error = refused
+                    self._measure(raw, group)
+                    self.on_lock(LOCK_COMMITS)
+            finally:
+                self.on_lock(LOCK_FREE)
         except Exception as error:
             failure = self._judge(error)
             if self.failed is not None:
@@ -587,6 +601,20 @@ class Environment:
         """Reader slots in use, by any process."""
         self._env.reader_check()
         return max(0, len(str(self._env.readers()).splitlines()) - 1)
+
+    def reader_rows(self) -> list[tuple[int, str, int]]:
+        """(pid, thread, number of the commit that it sees) of every open read transaction, of any process."""
+        rows = (line.split() for line in str(self._env.readers()).splitlines()[1:])
+        return [(int(row[0]), row[1], int(row[2])) for row in rows if len(row) == 3 and row[2].isdigit()]
+
+    def note_disk_full(self) -> None:
+        """Another process of the node had no room for turns."""
+        self.disk_full = True
+        self.disk_full_at_s = time.monotonic()
+
+    def give_up(self, failure: SessiondError) -> None:
+        """Read and write nothing any more: the disk failed under another process of the node."""
+        self._fail(failure)
 
     def is_full(self) -> bool:
         """Whether appends must be refused so that flush and evict keep room."""
