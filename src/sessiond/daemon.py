@@ -326,7 +326,8 @@ class Daemon:
         self._old_readers = OldReaders(hot, boot_clock_ms)
         node.old_readers = lambda: self._old_readers.old if self._old_readers is not None else []
         if self._workers is not None:
-            self._lead(self._workers, hot, node, sessions, ownership, router, watches, expiry_ms)
+            self._lead(self._workers, hot, node, sessions, router, watches, expiry_ms)
+            self._workers.open(hot, bucket.hash_key)
         if owns_nothing(hot) and await asyncio.to_thread(has_company, peers):
             # Nobody waits for this node: what it takes over must not wait for its first counts.
             await asyncio.to_thread(tokenizer.warm)
@@ -353,7 +354,6 @@ class Daemon:
         hot: Environment,
         node: Node,
         sessions: Sessions,
-        ownership: Ownership,
         router: Router,
         watches: Watches,
         steady: SteadyClock,
@@ -362,13 +362,13 @@ class Daemon:
 
         def used(hashes: Collection[bytes]) -> None:
             for h in hashes:
-                note_resumed(ownership, router, h)
+                note_resumed(sessions.ownership, router, h)
 
         def counted(counts: dict[str, int]) -> None:
             for name, count in counts.items():
                 kind, _, what = name.partition(":")
                 if kind == "call":
-                    self._calls.counts[(what, "OK", "")] += count
+                    self._calls.add(what, "OK", "", count)
                 elif kind == "rung":
                     sessions.rungs[what] += count
                 elif kind == "turns":
@@ -393,7 +393,6 @@ class Daemon:
         steady_ms, running_ms = steady.offsets_ms()
         workers.block.publish(steady_offset_ms=steady_ms, running_offset_ms=running_ms)
         self._publishing = asyncio.create_task(publish())
-        workers.open(hot)
 
     async def _reach(self, server: Server, settings: Settings, work: Callable[[], Result]) -> Result:
         """What asks the store for something at the start. A node that has served before waits for a bucket that does

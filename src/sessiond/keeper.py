@@ -98,6 +98,7 @@ class Workers:
         self.hears = Hears()
         self._workers = [_Worker(number) for number in range(settings.workers)]
         self._hot: Environment | None = None
+        self._hash_key = b""
         self._changed = asyncio.Event()
         self._trouble = ""
         self._stopping = False
@@ -130,9 +131,9 @@ class Workers:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), LOOK_S)
 
-    def open(self, hot: Environment) -> None:
+    def open(self, hot: Environment, hash_key: bytes) -> None:
         """Have them answer from the hot tier, as far as the block lets them."""
-        self._hot = hot
+        self._hot, self._hash_key = hot, hash_key
         hot.on_lock = self.block.slot(KEEPER_SLOT, len(self._workers) + 1).note
         if self._task is not None:
             for worker in self._workers:
@@ -244,6 +245,10 @@ class Workers:
             readers_max=settings.readers_max,
             group_max=settings.commit_group_max,
             workers=settings.workers,
+            hash_key=self._hash_key,
+            node=settings.node,
+            default_budget_tokens=settings.default_budget_tokens,
+            serve_unconfirmed=settings.serve_unconfirmed,
         )
 
     def _heard(self, worker: _Worker, end: Link) -> None:

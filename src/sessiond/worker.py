@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,19 +32,26 @@ import structlog
 from sessiond import link, telemetry
 from sessiond.errors import SessiondError
 from sessiond.link import Link
-from sessiond.tiers.block import Block
+from sessiond.service.batches import check_size
+from sessiond.service.hotpath import HotPath
+from sessiond.tiers.block import Block, ClockView, LeaseView
 from sessiond.tiers.hot.environment import Environment
-from sessiond.transport.options import SERVICES, rpcs_max, server_options
-from sessiond.transport.relay import CHANNEL_OPTIONS, Relay
+from sessiond.tokens import Tokenizer
+from sessiond.transport.options import SERVICES, TENANT, rpcs_max, server_options
+from sessiond.transport.relay import CHANNEL_OPTIONS, Context, Relay
+from sessiond.transport.wire import head, split
+from sessiond.v1 import admin_pb2, context_pb2, session_pb2
 
 log = structlog.get_logger("sessiond")
 
 # How often what was used and counted is told.
 TOLD_S: Final = 0.1
+# When the tokenizers are loaded, after the hot tier was opened, unless somebody needs them earlier.
+WARM_AFTER_S: Final = 3.0
+RUNGS: Final = {number: f"rung:{name.removeprefix('RUNG_')}" for name, number in context_pb2.Rung.items()}
 # Names of sessions that wait to be told; beyond it all of them count as changed.
 UNTOLD_MAX: Final = 4096
-RESUME: Final = "/sessiond.v1.SessionService/ResumeSession"
-APPEND: Final = "/sessiond.v1.SessionService/AppendTurn"
+SERVICE: Final = "sessiond.v1.SessionService"
 HEALTH_CHECK: Final = "/grpc.health.v1.Health/Check"
 # Exit codes: the hot tier failed, which ends the node; anything else is worth another start.
 EXIT_FAILED: Final = 5
@@ -111,12 +118,14 @@ class Worker:
     def __init__(self, to_keeper: Link, block: Block, folder: int, number: int) -> None:
         self._link = to_keeper
         self._block = block
+        self._lease = LeaseView(block)
         self._folder = folder
         self._number = number
         self._telling = Telling(to_keeper)
         self._hot: Environment | None = None
         self._server: grpc.aio.Server | None = None
-        self._relay: Relay | None = None
+        self._hot_path: HotPath | None = None
+        self._rungs: list[int] = []
         self._slot = block.slot(number + 1)
         self._stop_ms: asyncio.Future[int] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -177,10 +186,15 @@ class Worker:
             for method in service.methods
             if not method.client_streaming and not method.server_streaming
         ]
-        self._relay = Relay(channel, [*names, HEALTH_CHECK], self._count_relayed)
+        relay = Relay(channel, [*names, HEALTH_CHECK], self._count_relayed)
         rpcs = rpcs_max(concurrent_calls_max, watchers_max)
         self._server = grpc.aio.server(options=server_options(rpcs, True), maximum_concurrent_rpcs=rpcs)
-        self._server.add_generic_rpc_handlers((self._relay,))
+        own = {"ResumeSession": self._resume, "BatchResumeSessions": self._batch_resume}
+        handlers = {
+            name: grpc.unary_unary_rpc_method_handler(self._own(name, work, relay.unary(f"/{SERVICE}/{name}")))
+            for name, work in own.items()
+        }
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers), relay))
         trouble = ""
         try:
             if not self._server.add_insecure_port(address):
@@ -195,7 +209,69 @@ class Worker:
     def _count_relayed(self) -> None:
         self._telling.counts["relayed"] += 1
 
-    async def _open(self, path: str, map_size_bytes: int, readers_max: int, group_max: int, workers: int) -> None:
+    def _own(self, name: str, work: Callable[[HotPath, bytes], bytes | None], relayed: Any) -> Any:
+        """The handler of a method that the hot path may answer. work: its reply, or None."""
+        counted = f"call:{name}"
+
+        async def call(raw: bytes, context: Context) -> bytes:
+            hot_path = self._hot_path
+            if hot_path is not None and self._serves():
+                answer = work(hot_path, raw)
+                if answer is not None:
+                    counts = self._telling.counts
+                    counts[counted] += 1
+                    counts["answered"] += 1
+                    return answer
+            return bytes(await relayed(raw, context))
+
+        return call
+
+    def _serves(self) -> bool:
+        """Whether the node does nothing but serve: while it starts, drains or fails, the keeper answers."""
+        return self._lease.serves(admin_pb2.NODE_PHASE_SERVING)
+
+    def _resume(self, hot_path: HotPath, raw: bytes) -> bytes | None:
+        answer = hot_path.resume(raw, TENANT)
+        self._count_rungs(answer is not None)
+        return answer
+
+    def _batch_resume(self, hot_path: HotPath, raw: bytes) -> bytes | None:
+        """All of a batch, or nothing of it."""
+        try:
+            items = split(session_pb2.BatchResumeSessionsRequest, "requests", raw, self._request_bytes_max)
+            check_size(len(items), len(raw), self._request_bytes_max)
+        except SessiondError:
+            return None
+        pieces: list[bytes] = []
+        for item in items:
+            answer = hot_path.resume(item, TENANT)
+            if answer is None:
+                self._count_rungs(False)
+                return None
+            pieces += (head(1, len(answer)), answer)
+        self._count_rungs(True)
+        self._telling.counts["call:BatchResumeSessions/item"] += len(items)
+        return b"".join(pieces)
+
+    def _count_rungs(self, answered: bool) -> None:
+        """Count the rungs of what is answered here; what is passed on is counted there."""
+        if answered:
+            for rung in self._rungs:
+                self._telling.counts[RUNGS[rung]] += 1
+        self._rungs.clear()
+
+    async def _open(
+        self,
+        path: str,
+        map_size_bytes: int,
+        readers_max: int,
+        group_max: int,
+        workers: int,
+        hash_key: bytes,
+        node: str,
+        default_budget_tokens: int,
+        serve_unconfirmed: bool,
+    ) -> None:
         """Open the hot tier, and answer from it from now on."""
         self._slot = self._block.slot(self._number + 1, workers + 1)
         try:
@@ -207,6 +283,23 @@ class Worker:
         hot.on_commit = self._telling.changed
         hot.on_failed = self._failed
         self._hot = hot
+        tokenizer = Tokenizer()
+        self._hot_path = HotPath(
+            hot,
+            hash_key,
+            tokenizer,
+            self._lease,
+            node,
+            default_budget_tokens=default_budget_tokens,
+            serve_unconfirmed=serve_unconfirmed,
+            expiry_ms=ClockView(self._block, now_ms),
+            note_resumed=self._telling.used,
+            count_rung=self._rungs.append,
+        )
+        # As in the keeper: loading the vocabularies holds the interpreter for a quarter of a second.
+        warm = threading.Timer(WARM_AFTER_S, tokenizer.warm)
+        warm.daemon = True
+        warm.start()
         # What was imported stays for good: collections need not walk it.
         gc.collect()
         gc.freeze()

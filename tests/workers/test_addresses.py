@@ -89,7 +89,7 @@ def test_callers_on_the_same_host_use_a_socket_beside_the_port(tmp_path: Path, w
     with running_daemon(tmp_path / "data", workers=workers, unix_socket=str(path)) as daemon:
         assert stat.S_ISSOCK(path.lstat().st_mode)
         with Client(f"unix:{path}") as client:
-            session = client.create(session_id="by-socket")
+            session = client.create_session("by-socket")
             assert session.session_id == "by-socket"
         with closing(Wire(daemon.address)) as tcp, closing(Wire(f"unix:{path}")) as near:
             near.append("by-socket", user("one", "by the socket"))

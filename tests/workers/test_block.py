@@ -5,7 +5,6 @@ from __future__ import annotations
 import struct
 import subprocess
 import sys
-import threading
 import time
 import zlib
 
@@ -63,27 +62,41 @@ def test_what_another_process_publishes_without_a_pause_is_never_read_in_parts(b
         writer.stdout.close()
 
 
+def stands_at(block: Block) -> int:
+    return blocks._COPIES[block._words[0] & 1]
+
+
 @pytest.mark.parametrize("offset", range(52))
-def test_a_block_that_is_half_written_is_a_lease_that_is_not_held(block: Block, offset: int) -> None:
+def test_a_block_that_does_not_verify_is_a_lease_that_is_not_held(block: Block, offset: int) -> None:
     lease = LeaseView(block, lambda: 5)
     block.publish(valid_until_ms=10, tenure=7)
     assert (lease.is_valid(), lease.tenure, lease.lost) == (True, 7, False)
-    # One byte as it would be while somebody writes, and is killed there.
     with memoryview(block._map) as view:
-        view[offset] ^= 1
+        view[stands_at(block) + offset] ^= 1
     assert block.read() is None
     assert (lease.is_valid(), lease.tenure, lease.lost) == (False, -1, True)
     block.publish(valid_until_ms=11)
     assert (lease.is_valid(), lease.tenure, lease.lost) == (True, 7, False)
 
 
-def test_an_odd_version_is_not_read_whatever_the_checksum_says(block: Block) -> None:
-    state = struct.pack("<QqqIIqq", 3, 10, 7, 0, 2, 0, 0)
-    block._map[: len(state) + 4] = state + struct.pack("<I", zlib.crc32(state))
-    assert block.read() is None
-    state = struct.pack("<QqqIIqq", 4, 10, 7, 0, 2, 0, 0)
-    block._map[: len(state) + 4] = state + struct.pack("<I", zlib.crc32(state))
+@pytest.mark.parametrize("written", range(53))
+def test_who_is_killed_or_interrupted_while_it_writes_has_said_nothing_yet(block: Block, written: int) -> None:
+    block.publish(valid_until_ms=10, tenure=7)
+    stood = block._words[0]
+    state = struct.pack("<QqqIIqq", stood + 1, 99, 8, 1, 4, 5, 6)
+    fresh = (state + struct.pack("<I", zlib.crc32(state)))[:written]
+    start = blocks._COPIES[(stood + 1) & 1]
+    block._map[start : start + written] = fresh
     assert block.read().tenure == 7
+    if written == len(state) + 4:
+        block._words[0] = stood + 1
+        assert (block.read().tenure, block.read().lost) == (8, True)
+
+
+def test_a_copy_of_another_version_is_not_taken_for_what_stands(block: Block) -> None:
+    block.publish(tenure=7)
+    block._words[0] += 2
+    assert block.read() is None
 
 
 @pytest.mark.parametrize(
@@ -112,31 +125,30 @@ def test_clocks_follow_the_keepers_and_no_jump_of_the_wall_clock_forward(block: 
     assert (clock(), clock.latest_ms()) == (900_000, 1_000_100)
 
 
-def test_slots_say_who_holds_the_lock_and_one_who_waits_goes_first(block: Block) -> None:
+def test_slots_say_who_holds_the_lock_and_one_who_waits_goes_first(
+    block: Block, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mine, other = block.slot(0, 3), block.slot(2, 3)
     other.note(LOCK_WAITS)
-    gone_first = threading.Event()
+    naps = []
 
-    def take() -> None:
-        while block.locks(3)[2][0] == LOCK_WAITS and not gone_first.wait(0.0002):
-            if mine.hand_overs:
-                other.note(LOCK_HELD)
+    def sleep(seconds: float) -> None:
+        naps.append(block.locks(3)[0][0])
+        if len(naps) == 3:
+            other.note(LOCK_HELD)
 
-    taking = threading.Thread(target=take)
-    taking.start()
-    try:
-        mine.note(LOCK_WAITS)
-        assert mine.hand_overs == 1
-        assert [what for what, _ in block.locks(3)] == [LOCK_WAITS, LOCK_FREE, LOCK_HELD]
-    finally:
-        gone_first.set()
-        taking.join()
+    monkeypatch.setattr(blocks.time, "sleep", sleep)
+    mine.note(LOCK_WAITS)
+    # Until then it did not ask: the lock is not fair, and the one who asks last may get it first.
+    assert naps == [LOCK_FREE] * 3
+    assert mine.hand_overs == 1
+    assert [what for what, _ in block.locks(3)] == [LOCK_WAITS, LOCK_FREE, LOCK_HELD]
     other.note(LOCK_FREE)
     mine.note(LOCK_HELD)
     assert block.locks(3)[0][0] == LOCK_HELD
     mine.note(LOCK_FREE)
     mine.note(LOCK_WAITS)
-    assert mine.hand_overs == 1, "nobody waited"
+    assert (mine.hand_overs, len(naps)) == (1, 3), "nobody waited"
 
 
 def test_one_who_never_takes_the_lock_is_not_waited_for_longer_than_a_hand_over(block: Block) -> None:
@@ -144,7 +156,7 @@ def test_one_who_never_takes_the_lock_is_not_waited_for_longer_than_a_hand_over(
     other.note(LOCK_WAITS)
     began = time.monotonic()
     mine.note(LOCK_WAITS)
-    assert time.monotonic() - began < blocks.HAND_OVER_S + 0.5
+    assert blocks.HAND_OVER_S <= time.monotonic() - began < blocks.HAND_OVER_S + 1
     assert [what for what, _ in block.locks(2)] == [LOCK_WAITS, LOCK_WAITS]
 
 

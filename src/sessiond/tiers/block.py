@@ -6,7 +6,15 @@ for anybody longer than a hand-over.
 
 Layout, in a memory file that the workers inherit (little-endian):
 
-    0    8  version: odd while the keeper writes
+    0    8  version of what stands; its lowest bit says in which of the two copies
+    64      copy 0
+    128     copy 1
+    192  8  slot of the keeper, 64 bytes apart: one for each process that commits
+    256  8  slot of worker 0, and so on: since when, ms by the boot clock, shifted by two; what it does with LMDB's lock
+
+A copy:
+
+    0    8  its version
     8    8  until when the lease is valid, ms by the boot clock; 0 where it is not held, fenced or lost
     16   8  tenure of the lease
     24   4  flags: 1 lost, 2 fenced
@@ -14,12 +22,12 @@ Layout, in a memory file that the workers inherit (little-endian):
     32   8  the clock that expiry goes by, less the boot clock, ms (signed)
     40   8  the clock that idleness goes by, less the boot clock, ms (signed)
     48   4  CRC32 of the 48 bytes before
-    64   8  slot of the keeper, 64 bytes apart: one for each process that commits
-    128  8  slot of worker 0, and so on: since when, ms by the boot clock, shifted by two; what it does with LMDB's lock
 
-Valid if and only if the version is even and the checksum right. Version and checksum lie in what is read at once, so
-that neither the order in which a processor makes writes visible nor the size of the pieces in which Python copies them
-matters: what was torn does not verify.
+A copy is valid if and only if its version is the one at the start and its checksum is right. The keeper writes the copy
+that does not stand, then the version: one who is interrupted between the two has said nothing yet, and what was said
+before can still be read. A reader that is overtaken twice while it copies finds that version or checksum don't fit, and
+reads again; so neither the order in which a processor makes writes visible nor the size of the pieces in which Python
+copies them matters.
 """
 
 from __future__ import annotations
@@ -40,7 +48,7 @@ from sessiond.tiers.hot.environment import LOCK_COMMITS, LOCK_FREE, LOCK_HELD, L
 WORKERS_MAX: Final = 64
 # The keeper's own place among the slots; worker n has n + 1.
 KEEPER_SLOT: Final = 0
-# A reader that finds the block torn so often takes it for one that nobody finishes.
+# A reader that is overtaken so often in a row takes the block for damaged.
 READS_MAX: Final = 2000
 # Whoever asks for the lock lets those have it first who wait already, for so long at most: LMDB's lock is not fair.
 HAND_OVER_S: Final = 0.002
@@ -49,7 +57,9 @@ _HAND_OVER_LOOK_S: Final = 0.00002
 _STATE: Final = struct.Struct("<QqqIIqq")
 _SUM: Final = struct.Struct("<I")
 _SLOT_BYTES: Final = 64
-_SIZE_BYTES: Final = (WORKERS_MAX + 2) * _SLOT_BYTES
+_COPIES: Final = (64, 128)
+_SLOTS: Final = 192
+_SIZE_BYTES: Final = _SLOTS + (WORKERS_MAX + 1) * _SLOT_BYTES
 _LOST: Final = 1
 _FENCED: Final = 2
 
@@ -92,8 +102,7 @@ class Block:
         """Say something new; the rest stays. From any thread of the keeper; in force when this returns."""
         with self._lock:
             said = self._published = replace(self._published, **changes)  # type: ignore[arg-type]
-            self._words[0] = self._version + 1
-            self._version += 2
+            self._version += 1
             flags = _LOST * said.lost | _FENCED * said.fenced
             state = _STATE.pack(
                 self._version,
@@ -104,19 +113,29 @@ class Block:
                 said.steady_offset_ms,
                 said.running_offset_ms,
             )
-            # The version comes last: until then it is odd.
-            self._map[8 : _STATE.size + _SUM.size] = state[8:] + _SUM.pack(zlib.crc32(state))
+            start = _COPIES[self._version & 1]
+            self._map[start : start + _STATE.size + _SUM.size] = state + _SUM.pack(zlib.crc32(state))
             self._words[0] = self._version
 
-    def read(self) -> Published | None:
-        """What was said last; None where nobody finishes saying it."""
+    def fields(self) -> tuple[int, int, int, int, int, int, int] | None:
+        """A copy's fields as they were said last, in their order; None where what stands there is damaged."""
+        words, block, size = self._words, self._map, _STATE.size
         for _ in range(READS_MAX):
-            raw = self._map[: _STATE.size + _SUM.size]
-            if raw[0] & 1 or zlib.crc32(raw[: _STATE.size]) != _SUM.unpack_from(raw, _STATE.size)[0]:
-                continue
-            _, valid_until_ms, tenure, flags, phase, steady, running = _STATE.unpack_from(raw)
-            return Published(valid_until_ms, tenure, bool(flags & _LOST), bool(flags & _FENCED), phase, steady, running)
+            due = words[0]
+            start = _COPIES[due & 1]
+            raw = block[start : start + size + 4]
+            found = _STATE.unpack_from(raw)
+            if found[0] == due and zlib.crc32(raw[:size]) == _SUM.unpack_from(raw, size)[0]:
+                return found
         return None
+
+    def read(self) -> Published | None:
+        """What was said last; None where what stands there is damaged."""
+        found = self.fields()
+        if found is None:
+            return None
+        _, valid_until_ms, tenure, flags, phase, steady, running = found
+        return Published(valid_until_ms, tenure, bool(flags & _LOST), bool(flags & _FENCED), phase, steady, running)
 
     def slot(self, number: int, slots: int = WORKERS_MAX + 1) -> Slot:
         """The slot of one process. slots: how many there are in all."""
@@ -139,7 +158,7 @@ class Block:
 
 
 def _word(number: int) -> int:
-    return (number + 1) * _SLOT_BYTES // 8
+    return (_SLOTS + number * _SLOT_BYTES) // 8
 
 
 class Slot:
@@ -181,20 +200,25 @@ class LeaseView:
 
     def is_valid(self) -> bool:
         """Whether no other node can have fenced this one."""
-        said = self._block.read()
-        return said is not None and not said.lost and not said.fenced and self._clock_ms() < said.valid_until_ms
+        said = self._block.fields()
+        return said is not None and not said[3] and self._clock_ms() < said[1]
 
     @property
     def tenure(self) -> int:
         """The lease's; -1, which is nobody's, where it can't be read. Taken before rows are read, and again after."""
-        said = self._block.read()
-        return -1 if said is None else said.tenure
+        said = self._block.fields()
+        return -1 if said is None else said[2]
 
     @property
     def lost(self) -> bool:
         """Whether another daemon has the node's name."""
-        said = self._block.read()
-        return said is None or said.lost
+        said = self._block.fields()
+        return said is None or bool(said[3] & _LOST)
+
+    def serves(self, phase: int) -> bool:
+        """Whether the node is in this phase and holds its name."""
+        said = self._block.fields()
+        return said is not None and said[4] == phase and not said[3] & _LOST
 
 
 class ClockView:
