@@ -53,6 +53,7 @@ RUNGS: Final = {number: f"rung:{name.removeprefix('RUNG_')}" for name, number in
 UNTOLD_MAX: Final = 4096
 SERVICE: Final = "sessiond.v1.SessionService"
 HEALTH_CHECK: Final = "/grpc.health.v1.Health/Check"
+REFLECTION: Final = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
 # Exit codes: the hot tier failed, which ends the node; anything else is worth another start.
 EXIT_FAILED: Final = 5
 EXIT_ORPHANED: Final = 3
@@ -186,7 +187,7 @@ class Worker:
             for method in service.methods
             if not method.client_streaming and not method.server_streaming
         ]
-        relay = Relay(channel, [*names, HEALTH_CHECK], self._count_relayed)
+        relay = Relay(channel, [*names, HEALTH_CHECK], [REFLECTION], self._count_relayed)
         rpcs = rpcs_max(concurrent_calls_max, watchers_max)
         self._server = grpc.aio.server(options=server_options(rpcs, True), maximum_concurrent_rpcs=rpcs)
         own = {"ResumeSession": self._resume, "BatchResumeSessions": self._batch_resume}

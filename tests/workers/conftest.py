@@ -1,6 +1,8 @@
-"""Every daemon of these tests answers by several processes."""
+"""Every daemon of these tests answers by several processes, unless it is told otherwise."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import pytest
 
@@ -9,6 +11,8 @@ from sessiond import testing
 WORKERS = 2
 
 
-@pytest.fixture(autouse=True)
-def with_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(testing.DEFAULTS, "workers", WORKERS)
+@pytest.fixture(autouse=True, scope="module")
+def with_workers() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(testing.DEFAULTS, "workers", WORKERS)
+        yield

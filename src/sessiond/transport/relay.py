@@ -2,7 +2,7 @@
 
 It promises that what goes through it is what came: request and reply bytes, metadata, the caller's deadline and its
 giving up, status, details and trailing metadata, message by message for streams of either side. It parses nothing,
-retries nothing and knows no method but those that are one message each way, which cost less that way.
+retries nothing and knows of a method only how many messages its caller sends.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ Metadata = Sequence[tuple[str, str | bytes]]
 class Relay(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic in the stubs only
     """Handles every method that nobody else handles, by asking the process at the other end of a channel."""
 
-    def __init__(self, channel: Any, unary: Sequence[str], relayed: Callable[[], None]) -> None:
-        """channel: of grpc.aio. unary: full names of methods with one message each way. relayed: counts a call."""
+    def __init__(
+        self, channel: Any, unary: Sequence[str], both_ways: Sequence[str], relayed: Callable[[], None]
+    ) -> None:
+        """channel: of grpc.aio. unary: full names of methods with one message each way. both_ways: of those whose
+        caller may send more than one; all others take one and may answer with any number. relayed: counts a call.
+        """
         self._channel = channel
         self._relayed = relayed
-        self._unary = {name: grpc.unary_unary_rpc_method_handler(self.unary(name)) for name in unary}
-        self._streams: dict[str, Any] = {}
+        self._known = {name: grpc.unary_unary_rpc_method_handler(self.unary(name)) for name in unary}
+        self._known |= {name: grpc.stream_stream_rpc_method_handler(self._both_ways(name)) for name in both_ways}
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
         """GRPC asks who handles a method."""
         name = handler_call_details.method
-        known = self._unary.get(name)
-        if known is not None:
-            return known
-        # On the wire every call is a stream of messages each way; one message is the usual case of it.
-        return grpc.stream_stream_rpc_method_handler(self._stream(name))
+        return self._known.get(name) or grpc.unary_stream_rpc_method_handler(self._stream(name))
 
     def unary(self, name: str) -> Any:
         """The handler of a method with one message each way."""
@@ -72,26 +72,46 @@ class Relay(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic in the
         return call
 
     def _stream(self, name: str) -> Any:
+        """The handler of a method that takes one message. It goes with the call: one that is written after the other
+        end has refused the call would turn that refusal into an error of gRPC's own.
+        """
+
+        async def call(raw: bytes, context: Context) -> None:
+            self._relayed()
+            ask = self._channel.unary_stream(name)
+            asked = ask(raw, timeout=_left_s(context), metadata=_metadata(context), wait_for_ready=True)
+            await _pass_answers(asked, context)
+
+        return call
+
+    def _both_ways(self, name: str) -> Any:
         async def call(requests: AsyncIterator[bytes], context: Context) -> None:
             self._relayed()
             ask = self._channel.stream_stream(name)
             asked = ask(timeout=_left_s(context), metadata=_metadata(context), wait_for_ready=True)
             sending = asyncio.ensure_future(_send(requests, asked))
             try:
-                while (answer := await asked.read()) is not _EOF:
-                    await context.write(answer)
-                code = await asked.code()
-                if code is not grpc.StatusCode.OK:
-                    details, trailing = await asked.details(), await asked.trailing_metadata()
-                    await context.abort(code, details or "", _plain(trailing))
-                _pass_trailing(context, await asked.trailing_metadata())
-            except grpc.aio.AioRpcError as error:
-                await _abort(context, error)
+                await _pass_answers(asked, context)
             finally:
                 sending.cancel()
-                asked.cancel()
 
         return call
+
+
+async def _pass_answers(asked: Any, context: Context) -> None:
+    """What comes back, as it comes, and how it ends. A caller that gives up ends the call that was made for it."""
+    try:
+        while (answer := await asked.read()) is not _EOF:
+            await context.write(answer)
+        code = await asked.code()
+        if code is not grpc.StatusCode.OK:
+            details, trailing = await asked.details(), await asked.trailing_metadata()
+            await context.abort(code, details or "", _plain(trailing))
+        _pass_trailing(context, await asked.trailing_metadata())
+    except grpc.aio.AioRpcError as error:
+        await _abort(context, error)
+    finally:
+        asked.cancel()
 
 
 async def _send(requests: AsyncIterator[bytes], asked: Any) -> None:
