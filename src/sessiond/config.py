@@ -127,6 +127,9 @@ def parse_tags(text: str) -> dict[str, str]:
     return tags
 
 
+# Reader slots of the daemon's own process, and of each worker; every one is taken for the time of a read.
+READERS_OWN = 64
+READERS_OF_WORKER = 8
 # sockaddr_un has 108 bytes, the last of which ends the path.
 SOCKET_PATH_BYTES_MAX = 107
 
@@ -206,6 +209,9 @@ def check(settings: Settings) -> Settings:
             raise _wrong(key, f"{value} is outside {low}..{high}")
     if settings.request_bytes_max < settings.turn_bytes_max:
         raise _wrong("request_bytes_max", f"{settings.request_bytes_max} is below turn_bytes_max")
+    readers = READERS_OWN + READERS_OF_WORKER * settings.workers
+    if settings.readers_max < readers:
+        raise _wrong("readers_max", f"{settings.readers_max} is below {readers}, which {settings.workers} workers need")
     if settings.map_size_bytes % 4096:
         raise _wrong("map_size_bytes", "it is no multiple of 4,096")
     host, _, port = settings.listen.rpartition(":")

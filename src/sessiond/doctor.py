@@ -120,6 +120,10 @@ def examine(settings: Settings) -> Iterator[Check]:
     yield from _hot_tier(settings)
     yield _file_descriptors(settings)
     yield _listen(settings)
+    if settings.unix_socket:
+        yield _unix_socket(settings)
+    if settings.workers:
+        yield _workers(settings)
     yield from _cloud_tier(settings)
 
 
@@ -304,6 +308,31 @@ def _listen(settings: Settings) -> Check:
     if not status.cloud.reachable:
         return warned(name, f"{seen}, and has no cloud tier: {status.cloud.last_error}", "See the checks below.")
     return passed(name, f"{seen} and is ready")
+
+
+def _unix_socket(settings: Settings) -> Check:
+    """Whether a socket can be made there, or this node's daemon listens on it."""
+    name, path = "unix socket", Path(settings.unix_socket)
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
+        error = Unavailable("PORT_IN_USE", f"There can be no socket in {path.parent}: it is no folder to write in.")
+        return failed(name, error, "Make the folder, for the daemon's user.")
+    if _listen_trouble(f"unix:{path}") is not None:
+        found = _daemon_at(f"unix:{path}")
+        if isinstance(found, tuple) and Path(found[1].hot.path) == settings.hot_dir:
+            return passed(name, f"this node's daemon serves on {path}")
+        return failed(name, Unavailable("PORT_IN_USE", f"{path} is taken by something else."), "Name another path.")
+    if path.exists() and not path.is_socket():
+        return failed(name, Unavailable("PORT_IN_USE", f"{path} is a file that is no socket."), "Name another path.")
+    return passed(name, f"{path} is free")
+
+
+def _workers(settings: Settings) -> Check:
+    """Whether there are cores for the processes that are asked for."""
+    cores = len(os.sched_getaffinity(0))
+    seen = f"{settings.workers} beside the daemon's own process, on {cores} cores"
+    if settings.workers > cores:
+        return warned("workers", seen, "More than there are cores only cost memory: lower workers.")
+    return passed("workers", seen)
 
 
 _WHY_NOT: Final = {
