@@ -369,6 +369,8 @@ class Daemon:
                 kind, _, what = name.partition(":")
                 if kind == "call":
                     self._calls.add(what, "OK", "", count)
+                elif kind == "cancelled":
+                    self._calls.add(what, "CANCELLED", "", count)
                 elif kind == "rung":
                     sessions.rungs[what] += count
                 elif kind == "turns":

@@ -249,6 +249,7 @@ class Workers:
             node=settings.node,
             default_budget_tokens=settings.default_budget_tokens,
             serve_unconfirmed=settings.serve_unconfirmed,
+            turn_bytes_max=settings.turn_bytes_max,
         )
 
     def _heard(self, worker: _Worker, end: Link) -> None:

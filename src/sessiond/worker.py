@@ -127,6 +127,7 @@ class Worker:
         self._server: grpc.aio.Server | None = None
         self._hot_path: HotPath | None = None
         self._rungs: list[int] = []
+        self._in_flight = self._calls_max = 0
         self._slot = block.slot(number + 1)
         self._stop_ms: asyncio.Future[int] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -190,10 +191,15 @@ class Worker:
         relay = Relay(channel, [*names, HEALTH_CHECK], [REFLECTION], self._count_relayed)
         rpcs = rpcs_max(concurrent_calls_max, watchers_max)
         self._server = grpc.aio.server(options=server_options(rpcs, True), maximum_concurrent_rpcs=rpcs)
-        own = {"ResumeSession": self._resume, "BatchResumeSessions": self._batch_resume}
+        self._calls_max = concurrent_calls_max
+        own = {
+            "ResumeSession": self._own(self._resume),
+            "BatchResumeSessions": self._own(self._batch_resume),
+            "AppendTurn": self._append,
+        }
         handlers = {
-            name: grpc.unary_unary_rpc_method_handler(self._own(name, work, relay.unary(f"/{SERVICE}/{name}")))
-            for name, work in own.items()
+            name: grpc.unary_unary_rpc_method_handler(make(relay.unary(f"/{SERVICE}/{name}")))
+            for name, make in own.items()
         }
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers), relay))
         trouble = ""
@@ -210,22 +216,51 @@ class Worker:
     def _count_relayed(self) -> None:
         self._telling.counts["relayed"] += 1
 
-    def _own(self, name: str, work: Callable[[HotPath, bytes], bytes | None], relayed: Any) -> Any:
-        """The handler of a method that the hot path may answer. work: its reply, or None."""
-        counted = f"call:{name}"
+    def _own(self, work: Callable[[HotPath, bytes], bytes | None]) -> Callable[[Any], Any]:
+        """What makes the handler of a method that is read at once, or passed on. work: its reply, or None."""
+
+        def make(relayed: Any) -> Any:
+            async def call(raw: bytes, context: Context) -> bytes:
+                hot_path = self._hot_path
+                if hot_path is not None and self._serves():
+                    answer = work(hot_path, raw)
+                    if answer is not None:
+                        return answer
+                return bytes(await relayed(raw, context))
+
+            return call
+
+        return make
+
+    def _append(self, relayed: Any) -> Any:
+        """The handler of AppendTurn."""
 
         async def call(raw: bytes, context: Context) -> bytes:
             hot_path = self._hot_path
-            if hot_path is not None and self._serves():
-                answer = work(hot_path, raw)
+            if hot_path is not None and self._in_flight < self._calls_max and self._serves():
+                self._in_flight += 1
+                try:
+                    answer = await hot_path.append(raw, TENANT)
+                except asyncio.CancelledError:
+                    self._telling.counts["cancelled:AppendTurn"] += 1
+                    raise
+                finally:
+                    self._in_flight -= 1
                 if answer is not None:
-                    counts = self._telling.counts
-                    counts[counted] += 1
-                    counts["answered"] += 1
+                    self._count("AppendTurn")
                     return answer
             return bytes(await relayed(raw, context))
 
         return call
+
+    def _count(self, name: str) -> None:
+        counts = self._telling.counts
+        counts[f"call:{name}"] += 1
+        counts["answered"] += 1
+
+    def _note_appended(self, h: bytes, turns: int) -> None:
+        self._telling.used(h)
+        self._telling.counts["turns"] += turns
 
     def _serves(self) -> bool:
         """Whether the node does nothing but serve: while it starts, drains or fails, the keeper answers."""
@@ -234,6 +269,8 @@ class Worker:
     def _resume(self, hot_path: HotPath, raw: bytes) -> bytes | None:
         answer = hot_path.resume(raw, TENANT)
         self._count_rungs(answer is not None)
+        if answer is not None:
+            self._count("ResumeSession")
         return answer
 
     def _batch_resume(self, hot_path: HotPath, raw: bytes) -> bytes | None:
@@ -251,6 +288,7 @@ class Worker:
                 return None
             pieces += (head(1, len(answer)), answer)
         self._count_rungs(True)
+        self._count("BatchResumeSessions")
         self._telling.counts["call:BatchResumeSessions/item"] += len(items)
         return b"".join(pieces)
 
@@ -272,6 +310,7 @@ class Worker:
         node: str,
         default_budget_tokens: int,
         serve_unconfirmed: bool,
+        turn_bytes_max: int,
     ) -> None:
         """Open the hot tier, and answer from it from now on."""
         self._slot = self._block.slot(self._number + 1, workers + 1)
@@ -284,7 +323,7 @@ class Worker:
         hot.on_commit = self._telling.changed
         hot.on_failed = self._failed
         self._hot = hot
-        tokenizer = Tokenizer()
+        tokenizer, clock = Tokenizer(), ClockView(self._block, now_ms)
         self._hot_path = HotPath(
             hot,
             hash_key,
@@ -293,8 +332,13 @@ class Worker:
             node,
             default_budget_tokens=default_budget_tokens,
             serve_unconfirmed=serve_unconfirmed,
-            expiry_ms=ClockView(self._block, now_ms),
+            turn_bytes_max=turn_bytes_max,
+            clock_ms=now_ms,
+            expiry_ms=clock,
+            latest_ms=clock.latest_ms,
+            running_ms=clock.running_ms,
             note_resumed=self._telling.used,
+            note_appended=self._note_appended,
             count_rung=self._rungs.append,
         )
         # As in the keeper: loading the vocabularies holds the interpreter for a quarter of a second.
