@@ -127,7 +127,7 @@ async def _send(requests: AsyncIterator[bytes], asked: Any) -> None:
 
 
 def _left_s(context: Context) -> float | None:
-    """What is left of the caller's time, less what an answer that is given at the last moment needs for its way back."""
+    """What is left of the caller's time, less what an answer given at the last moment needs for its way back."""
     left_s = context.time_remaining()
     return None if left_s is None or left_s > _NO_DEADLINE_S else max(0.0, left_s - min(HOP_S, left_s / 10))
 
