@@ -40,7 +40,7 @@ from sessiond.tokens import Tokenizer
 from sessiond.transport.options import SERVICES, TENANT, rpcs_max, server_options
 from sessiond.transport.relay import CHANNEL_OPTIONS, Context, Relay
 from sessiond.transport.wire import head, split
-from sessiond.v1 import admin_pb2, context_pb2, session_pb2
+from sessiond.v1 import admin_pb2, session_pb2
 
 log = structlog.get_logger("sessiond")
 
@@ -48,7 +48,6 @@ log = structlog.get_logger("sessiond")
 TOLD_S: Final = 0.1
 # When the tokenizers are loaded, after the hot tier was opened, unless somebody needs them earlier.
 WARM_AFTER_S: Final = 3.0
-RUNGS: Final = {number: f"rung:{name.removeprefix('RUNG_')}" for name, number in context_pb2.Rung.items()}
 # Names of sessions that wait to be told; beyond it all of them count as changed.
 UNTOLD_MAX: Final = 4096
 SERVICE: Final = "sessiond.v1.SessionService"
@@ -126,7 +125,7 @@ class Worker:
         self._hot: Environment | None = None
         self._server: grpc.aio.Server | None = None
         self._hot_path: HotPath | None = None
-        self._rungs: list[int] = []
+        self._rungs: Counter[str] = Counter()
         self._in_flight = self._calls_max = 0
         self._slot = block.slot(number + 1)
         self._stop_ms: asyncio.Future[int] | None = None
@@ -295,8 +294,8 @@ class Worker:
     def _count_rungs(self, answered: bool) -> None:
         """Count the rungs of what is answered here; what is passed on is counted there."""
         if answered:
-            for rung in self._rungs:
-                self._telling.counts[RUNGS[rung]] += 1
+            for rung, count in self._rungs.items():
+                self._telling.counts[f"rung:{rung}"] += count
         self._rungs.clear()
 
     async def _open(
@@ -339,7 +338,7 @@ class Worker:
             running_ms=clock.running_ms,
             note_resumed=self._telling.used,
             note_appended=self._note_appended,
-            count_rung=self._rungs.append,
+            rungs=self._rungs,
         )
         # As in the keeper: loading the vocabularies holds the interpreter for a quarter of a second.
         warm = threading.Timer(WARM_AFTER_S, tokenizer.warm)
