@@ -127,13 +127,20 @@ def test_a_killed_keeper_takes_its_workers_with_it_and_nothing_that_was_acknowle
             daemon.start()
 
 
-def sockets(pid: int) -> set[str]:
+def connections(pid: int, port: int) -> set[str]:
+    """The accepted connections on a port that a process holds, by inode."""
+    on_port = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            row = line.split()
+            if row[1].endswith(f":{port:04X}") and row[3] == "01":
+                on_port.add(f"socket:[{row[9]}]")
     folder = Path(f"/proc/{pid}/fd")
     found = set()
     for name in os.listdir(folder):
         with contextlib.suppress(FileNotFoundError):
             found.add(os.readlink(folder / name))
-    return {target for target in found if target.startswith("socket:")}
+    return found & on_port
 
 
 def of_each(daemon: Daemon, opened: contextlib.ExitStack) -> dict[int, list[Wire]]:
@@ -143,10 +150,10 @@ def of_each(daemon: Daemon, opened: contextlib.ExitStack) -> dict[int, list[Wire
     asking.create("s")
     workers = pids(asking)
     for _ in range(64):
-        before = {pid: sockets(pid) for pid in workers}
+        before = {pid: connections(pid, daemon.port) for pid in workers}
         wire = opened.enter_context(contextlib.closing(Wire(daemon.address)))
         wire.resume("s")
-        (its,) = [pid for pid in workers if sockets(pid) - before[pid]]
+        (its,) = [pid for pid in workers if connections(pid, daemon.port) - before[pid]]
         wires.setdefault(its, []).append(wire)
         if len(wires) == 2:
             return wires
