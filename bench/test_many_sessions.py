@@ -25,6 +25,8 @@ SESSIONS, LIVE, FEW = 100_000, 15_000, 150
 TURNS, TURN_BYTES = 4, 200
 CALLERS, CONNECTIONS = 64, 16
 DAY_MS = 86_400_000
+# Nothing is to be evicted.
+MAP_BYTES = 4 * 1024**3
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +39,9 @@ def daemon(names: list[str], ledger: Any) -> Iterator[Daemon]:
     with (
         tempfile.TemporaryDirectory(prefix="bench-many-", dir=MEMORY if MEMORY.is_dir() else None) as cloud,
         # Sessions that nobody asks for are not let go while the others are measured.
-        running_daemon(cloud=Path(cloud, "cloud").as_uri(), idle_release_ms=DAY_MS) as running,
+        running_daemon(
+            cloud=Path(cloud, "cloud").as_uri(), idle_release_ms=DAY_MS, map_size_bytes=MAP_BYTES
+        ) as running,
     ):
         began = time.perf_counter()
         with Load(CALLERS, CONNECTIONS) as load:
@@ -55,7 +59,7 @@ def daemon(names: list[str], ledger: Any) -> Iterator[Daemon]:
 
 def test_live_sessions(benchmark: Any, ledger: Any, size: Any, daemon: Daemon, names: list[str]) -> None:
     live, few = size.of(LIVE, 300), size.of(FEW, 30)
-    rounds, calls = size.of(6, 2), size.of(LIVE, 300)
+    rounds, calls = size.of(4, 2), size.of(LIVE, 300)
     kinds = {
         "resume": (wire.RESUME, [wire.resume_request(name) for name in names[:live]]),
         "append": (
