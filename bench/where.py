@@ -239,7 +239,9 @@ def append(sessions: Sessions, parts: Parts) -> None:
         held = states.decode(head.state).cursor
         chunks = log.id_chunks(transaction, h)
         asked = [rules.turn_id_hash(h, turns[0].turn_id)]
-        id_steps = cost_us(lambda: core.find_turn_ids(h, chunks, head.head_seq, log.TURN_IDS_MAX, asked))
+        id_steps = cost_us(
+            lambda: core.seek_turn_ids(core.join_turn_ids(h, chunks, head.head_seq, log.TURN_IDS_MAX), asked)
+        )
         head_step = cost_us(lambda: log.read_head(transaction, h))
     nan = float("nan")
     in_log, around = in_the_log()

@@ -104,9 +104,9 @@ __all__ = [
     "crc32c",
     "derived_offset",
     "encode_message",
-    "find_turn_ids",
     "fit_window",
     "fold",
+    "join_turn_ids",
     "newest_row",
     "read_frame",
     "replay",
@@ -115,6 +115,7 @@ __all__ = [
     "row_live",
     "scan_frames",
     "seal_frame",
+    "seek_turn_ids",
     "tool_events",
     "walk_rows",
 ]
@@ -1328,63 +1329,77 @@ def fit_window(
 # -------------------------------------------------------------------------------------------------------------- turn ids
 
 
-def find_turn_ids(session_hash, chunks, head_seq, horizon, id_hashes):
-    """Where turn ids stand, newest first: [(seq, start of the digest) or None] for each of `id_hashes`, 8 bytes each.
+def join_turn_ids(session_hash, chunks, head_seq, horizon):
+    """The entries of a session's turn ids as one bytes: 24 each (hash of the id, start of the digest, seq big-endian).
 
-    chunks: values of the `ids` table, ascending: checksum, then entries of 24 bytes (hash of the id, start of the
-    digest, seq big-endian). They must end at head_seq without a gap, and reach back to turn 1 or over `horizon`
-    entries. Raises Corrupt where one is damaged or missing: a turn could be applied twice.
+    chunks: values of the `ids` table, ascending: checksum, then entries. They must end at head_seq without a gap, and
+    reach back to turn 1 or over `horizon` entries. Raises Corrupt where one is damaged or missing: a turn could be
+    applied twice.
     """
     cdef Py_buffer view
-    cdef Py_buffer wanted
     cdef uint32_t seed
-    cdef const uint8_t* at
-    cdef Py_ssize_t offset, count = 0, index
-    cdef uint64_t seq, first = 0, last = 0, head = within("head_seq", head_seq, 0, UINT64_MAX)
+    cdef Py_ssize_t offset, count = 0
+    cdef uint64_t first = 1, last = 0, head = within("head_seq", head_seq, 0, UINT64_MAX)
     cdef uint64_t least = within("horizon", horizon, 0, UINT64_MAX)
-    cdef list places = [None] * len(id_hashes)
-    cdef uint64_t[64] keys
-    cdef Py_ssize_t asked = len(id_hashes)
-    if asked > 64:
-        # More than one append may bring at a time is asked for in parts.
-        return find_turn_ids(session_hash, chunks, head_seq, horizon, id_hashes[:64]) + find_turn_ids(
-            session_hash, chunks, head_seq, horizon, id_hashes[64:]
-        )
+    cdef list pieces = []
     hash_state(session_hash, &seed)
     seed = crc32c_raw(seed, <const uint8_t*>b"ids", 3)
-    for index in range(asked):
-        take(id_hashes[index], &wanted)
-        try:
-            if wanted.len != 8:
-                raise ValueError("a turn id's hash is 8 bytes")
-            keys[index] = load_u64(start_of(&wanted))
-        finally:
-            PyBuffer_Release(&wanted)
     for chunk in chunks:
         take(chunk, &view)
         try:
-            at = start_of(&view)
             if view.len < 4 or (view.len - 4) % 24:
                 raise damaged_ids(session_hash)
-            if <uint32_t>~crc32c_raw(seed, at + 4, view.len - 4) != load_u32(at):
+            if <uint32_t>~crc32c_raw(seed, start_of(&view) + 4, view.len - 4) != load_u32(start_of(&view)):
                 raise damaged_ids(session_hash)
             offset = 4
             while offset < view.len:
-                seq = big_u64(at + offset + 16)
+                last = big_u64(start_of(&view) + offset + 16)
                 if not count:
-                    first = seq
-                last = seq
+                    first = last
                 count += 1
-                for index in range(asked):
-                    if load_u64(at + offset) == keys[index]:
-                        places[index] = (seq, PyBytes_FromStringAndSize(<const char*>at + offset + 8, 8))
                 offset += 24
+            pieces.append(PyBytes_FromStringAndSize(<const char*>view.buf + 4, view.len - 4))
         finally:
             PyBuffer_Release(&view)
-    if not count:
-        first = 1
     if last != head or last + 1 - first != <uint64_t>count or (first > 1 and <uint64_t>count < least):
         raise missing_ids(session_hash)
+    return b"".join(pieces)
+
+
+def seek_turn_ids(entries, id_hashes):
+    """Where turn ids stand, the newest of each: [(seq, start of the digest) or None] for each of `id_hashes`.
+
+    entries: as join_turn_ids gives them. A hash is 8 bytes. Raises ValueError for what are none.
+    """
+    cdef Py_buffer view
+    cdef Py_buffer wanted
+    cdef const uint8_t* at
+    cdef uint64_t key
+    cdef Py_ssize_t offset
+    cdef list places = []
+    take(entries, &view)
+    try:
+        if view.len % 24:
+            raise ValueError("an entry is 24 bytes")
+        for id_hash in id_hashes:
+            take(id_hash, &wanted)
+            try:
+                if wanted.len != 8:
+                    raise ValueError("a turn id's hash is 8 bytes")
+                key = load_u64(start_of(&wanted))
+            finally:
+                PyBuffer_Release(&wanted)
+            place = None
+            offset = view.len
+            while offset:
+                offset -= 24
+                at = start_of(&view) + offset
+                if load_u64(at) == key:
+                    place = (big_u64(at + 16), PyBytes_FromStringAndSize(<const char*>at + 8, 8))
+                    break
+            places.append(place)
+    finally:
+        PyBuffer_Release(&view)
     return places
 
 

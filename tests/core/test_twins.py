@@ -119,7 +119,8 @@ def agree_on_all(stream: bytes, state: bytes) -> None:
     agree_or_corrupt("row_checked", HASH, stream)
     agree_or_corrupt("newest_row", Cursor({HASH + bytes(7) + b"\1": stream}), HASH, 3)
     agree_or_corrupt("walk_rows", standing_at(Cursor({HASH + bytes(7) + b"\1": stream}), 3), HASH, 1, 3, 0, 1)
-    agree_or_corrupt("find_turn_ids", HASH, [stream], 3, 10, [bytes(8)])
+    agree_or_corrupt("join_turn_ids", HASH, [stream], 3, 10)
+    agree("seek_turn_ids", stream, [bytes(8)])
     agree_or_corrupt("fit_window", HASH, [stream], 0, 3, 2, MODE_HYBRID, 0, 50, 90, 10, 0)
 
 
@@ -255,9 +256,11 @@ def test_twins_agree_on_turn_ids(entries: list[tuple[bytes, bytes]], data: st.Da
             chunk[data.draw(st.integers(0, len(chunk) - 1))] ^= 1 << data.draw(st.integers(0, 7))
         chunks.append(bytes(chunk))
     head = data.draw(st.sampled_from((first + len(entries) - 1, first + len(entries) - 1, first + len(entries))))
-    asked = [id_hash for id_hash, _ in entries] * data.draw(st.integers(1, 15)) + [b"not here"]
-    found = agree_or_corrupt("find_turn_ids", HASH, chunks, head, data.draw(st.sampled_from((0, 3, 100))), asked)
-    if found[0] == "value" and entries:
+    asked = [*(id_hash for id_hash, _ in entries), b"not here"]
+    joined = agree_or_corrupt("join_turn_ids", HASH, chunks, head, data.draw(st.sampled_from((0, 3, 100))))
+    if joined[0] == "value":
+        assert joined[1] == b"".join(raw)
+        found = agree("seek_turn_ids", joined[1], asked)
         newest = {id_hash: (seq, digest) for (id_hash, digest), seq in zip(entries, seqs, strict=True)}
         assert found[1][: len(entries)] == [newest[id_hash] for id_hash, _ in entries]
 

@@ -133,11 +133,11 @@ def stale_ids(module: Any) -> dict[str, Any]:
     """Turn ids as they were before the newest transaction of the session."""
     seen: dict[bytes, bytes] = {}
 
-    def known_before(transaction: Any, h: bytes, head_seq: int, asked: list[bytes]) -> list[Any]:
+    def ids_before(transaction: Any, h: bytes, head_seq: int) -> bytes:
         before, seen[h] = seen.get(h, b""), module.turn_ids(transaction, h, head_seq)
-        return [module.find_turn_id(before, id_hash) for id_hash in asked]
+        return before
 
-    return {"known_before": known_before}
+    return {"ids_before": ids_before}
 
 
 FLUSH = "sessiond.tiers.flush:Flusher."
@@ -167,8 +167,8 @@ BY_HAND = [
     Plant(
         "turn_ids are looked up outside the transaction",
         Place("sessiond.tiers.hot.log:append"),
-        "known = core.find_turn_ids(h, id_chunks(transaction, h), head.head_seq, TURN_IDS_MAX, asked)",
-        "known = known_before(transaction, h, head.head_seq, asked)",
+        "known = core.seek_turn_ids(entries, asked)",
+        "known = core.seek_turn_ids(ids_before(transaction, h, head.head_seq), asked)",
         stale_ids,
     ),
     Plant(

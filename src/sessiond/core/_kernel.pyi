@@ -8,9 +8,9 @@ __all__ = [
     "crc32c",
     "derived_offset",
     "encode_message",
-    "find_turn_ids",
     "fit_window",
     "fold",
+    "join_turn_ids",
     "newest_row",
     "read_frame",
     "replay",
@@ -19,6 +19,7 @@ __all__ = [
     "row_live",
     "scan_frames",
     "seal_frame",
+    "seek_turn_ids",
     "tool_events",
     "walk_rows",
 ]
@@ -71,7 +72,6 @@ def fit_window(
     stride_tokens: int,
     since_seq: int,
 ) -> tuple[Any, ...]: ...
-def find_turn_ids(
-    session_hash: bytes, chunks: Sequence[_Buffer], head_seq: int, horizon: int, id_hashes: Sequence[bytes]
-) -> list[tuple[int, bytes] | None]: ...
+def join_turn_ids(session_hash: bytes, chunks: Sequence[_Buffer], head_seq: int, horizon: int) -> bytes: ...
+def seek_turn_ids(entries: _Buffer, id_hashes: Sequence[bytes]) -> list[tuple[int, bytes] | None]: ...
 def encode_message(fields: tuple[Any, ...]) -> bytes: ...

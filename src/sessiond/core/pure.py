@@ -819,40 +819,49 @@ def fit_window(
     )
 
 
-def find_turn_ids(
-    session_hash: bytes, chunks: Sequence[Buffer], head_seq: int, horizon: int, id_hashes: Sequence[bytes]
-) -> list[tuple[int, bytes] | None]:
-    """Where turn ids stand, newest first: [(seq, start of the digest) or None] for each of `id_hashes`, 8 bytes each.
+def join_turn_ids(session_hash: bytes, chunks: Sequence[Buffer], head_seq: int, horizon: int) -> bytes:
+    """The entries of a session's turn ids as one bytes: 24 each (hash of the id, start of the digest, seq big-endian).
 
-    chunks: values of the `ids` table, ascending: checksum, then entries of 24 bytes (hash of the id, start of the
-    digest, seq big-endian). They must end at head_seq without a gap, and reach back to turn 1 or over `horizon`
-    entries. Raises Corrupt where one is damaged or missing: a turn could be applied twice.
+    chunks: values of the `ids` table, ascending: checksum, then entries. They must end at head_seq without a gap, and
+    reach back to turn 1 or over `horizon` entries. Raises Corrupt where one is damaged or missing: a turn could be
+    applied twice.
     """
     _within("head_seq", head_seq, 0, _MASK_64)
     _within("horizon", horizon, 0, _MASK_64)
     owner = _owned_hash(session_hash)
     seed = google_crc32c.value(owner + b"ids")
-    wanted = [_owned(id_hash) for id_hash in id_hashes]
-    if any(len(id_hash) != 8 for id_hash in wanted):
-        raise ValueError("a turn id's hash is 8 bytes")
-    places: dict[bytes, tuple[int, bytes]] = {}
-    seqs: list[int] = []
+    joined = b""
     for chunk in chunks:
         content = _owned(chunk)
         entries = content[4:]
-        if (
-            len(content) < 4
-            or len(entries) % 24
-            or google_crc32c.extend(seed, entries).to_bytes(4, "little") != content[:4]
-        ):
+        crc = int(google_crc32c.extend(seed, entries)).to_bytes(4, "little")
+        if len(content) < 4 or len(entries) % 24 or crc != content[:4]:
             what = f"A ids row of session {owner.hex()} does not match its checksum."
             raise Corrupt("CORRUPT_HOT_ROW", what, {"table": "ids"})
-        for at in range(0, len(entries), 24):
-            seqs.append(int.from_bytes(entries[at + 16 : at + 24], "big"))
-            places[entries[at : at + 8]] = seqs[-1], entries[at + 8 : at + 16]
-    first, last = (seqs[0], seqs[-1]) if seqs else (1, 0)
-    if last != head_seq or (last + 1 - first) & _MASK_64 != len(seqs) or (first > 1 and len(seqs) < horizon):
+        joined += entries
+    count = len(joined) // 24
+    first = int.from_bytes(joined[16:24], "big") if count else 1
+    last = int.from_bytes(joined[-8:], "big") if count else 0
+    if last != head_seq or (last + 1 - first) & _MASK_64 != count or (first > 1 and count < horizon):
         raise Corrupt("CORRUPT_HOT_ROW", f"Turn ids of session {owner.hex()} are missing.", {"table": "ids"})
+    return joined
+
+
+def seek_turn_ids(entries: Buffer, id_hashes: Sequence[bytes]) -> list[tuple[int, bytes] | None]:
+    """Where turn ids stand, the newest of each: [(seq, start of the digest) or None] for each of `id_hashes`.
+
+    entries: as join_turn_ids gives them. A hash is 8 bytes. Raises ValueError for what are none.
+    """
+    content = _owned(entries)
+    if len(content) % 24:
+        raise ValueError("an entry is 24 bytes")
+    wanted = [_owned(id_hash) for id_hash in id_hashes]
+    if any(len(id_hash) != 8 for id_hash in wanted):
+        raise ValueError("a turn id's hash is 8 bytes")
+    places = {
+        content[at : at + 8]: (int.from_bytes(content[at + 16 : at + 24], "big"), content[at + 8 : at + 16])
+        for at in range(0, len(content), 24)
+    }
     return [places.get(id_hash) for id_hash in wanted]
 
 

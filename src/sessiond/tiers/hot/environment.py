@@ -96,15 +96,28 @@ Result = TypeVar("Result")
 class Transaction:
     """One LMDB transaction with the tables at hand. Buffers read from it end with it.
 
-    changed: sessions whose head row was written; whatever becomes of a session changes it.
+    changed: sessions whose head row was written; whatever becomes of a session changes it. known_ids: what this
+    process remembers of sessions that it appended to, for writing: (head seq, chain there, entries of turn ids).
     """
 
-    __slots__ = ("changed", "lmdb", "tables")
+    __slots__ = ("changed", "known_ids", "lmdb", "tables")
 
-    def __init__(self, transaction: Any, tables: dict[str, Any]) -> None:
+    def __init__(
+        self, transaction: Any, tables: dict[str, Any], known_ids: dict[bytes, tuple[int, bytes, bytes]] | None = None
+    ) -> None:
         self.lmdb = transaction
         self.tables = tables
+        self.known_ids = known_ids
         self.changed: set[bytes] = set()
+
+    def remember_ids(self, h: bytes, head_seq: int, chain: bytes, entries: bytes) -> None:
+        """Remember a session's turn ids as they will be; of one that comes to nothing no head has the chain."""
+        known = self.known_ids
+        if known is not None:
+            known.pop(h, None)
+            known[h] = head_seq, chain, entries
+            if len(known) > KNOWN_IDS_MAX:
+                del known[next(iter(known))]
 
     def end_read(self) -> None:
         """End a read transaction."""
@@ -148,6 +161,9 @@ class Transaction:
         """How many keys the table has."""
         return int(self.lmdb.stat(self.tables[table])["entries"])
 
+
+# Sessions whose turn ids are remembered: 28 KiB each at most.
+KNOWN_IDS_MAX: Final = 256
 
 # What reading may raise besides; `Environment.read` says what it means.
 ReadFailed: Final = lmdb.Error
@@ -237,6 +253,8 @@ class Environment:
         # Called with LOCK_ values as the write lock is asked for, held, about to be given back by a commit, and free:
         # other processes of the node look at it, and at nothing else, to tell a writer that is stuck.
         self.on_lock: Callable[[int], None] = lambda what: None
+        # Of the commit thread alone.
+        self._known_ids: dict[bytes, tuple[int, bytes, bytes]] = {}
         self._queue: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         self._driver = driver
         self._thread: threading.Thread | None = None
@@ -441,7 +459,7 @@ class Environment:
                     self.on_lock(LOCK_HELD)
                     _check_length(self._env, self._file, self.path)
                     full = self._reserve(group)
-                    transaction = Transaction(raw, self._tables)
+                    transaction = Transaction(raw, self._tables, self._known_ids)
                     for work in group:
                         if full is not None and work.weight_bytes:
                             work.error = full

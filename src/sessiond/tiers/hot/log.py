@@ -279,6 +279,17 @@ def id_chunks(transaction: Transaction, h: bytes) -> list[Any]:
     return chunks
 
 
+def known_ids(transaction: Transaction, h: bytes, head_seq: int, chain: bytes) -> bytes:
+    """What `turn_ids` reads; from memory, where this process appended last. chain: that of the head, which proves it.
+
+    Raises Corrupt.
+    """
+    remembered = transaction.known_ids.get(h) if transaction.known_ids is not None else None
+    if remembered is not None and remembered[0] == head_seq and remembered[1] == chain:
+        return remembered[2]
+    return core.join_turn_ids(h, id_chunks(transaction, h), head_seq, TURN_IDS_MAX)
+
+
 def find_turn_id(entries: bytes, id_hash: bytes) -> tuple[int, bytes] | None:
     """(seq, start of the digest) of a turn id in such entries, newest first; None if it is not there."""
     at = entries.rfind(id_hash)
@@ -388,11 +399,13 @@ def append(
     Exhausted PINS_FULL, HistoryNeeded, Corrupt; nothing is written then.
     """
     head = check_writable(head or read_head(transaction, h), session, expiry_ms)
+    places = states.decode_places(head.state)
     placed: list[Placed | None] = []
     fresh: list[PreparedTurn] = []
     hashes: list[bytes] = []
     asked = [rules.turn_id_hash(h, turn.turn_id) for turn in turns]
-    known = core.find_turn_ids(h, id_chunks(transaction, h), head.head_seq, TURN_IDS_MAX, asked)
+    entries = known_ids(transaction, h, head.head_seq, places[3])
+    known = core.seek_turn_ids(entries, asked)
     for turn, id_hash, found in zip(turns, asked, known, strict=True):
         if found is None:
             placed.append(None)
@@ -403,7 +416,6 @@ def append(
     if not fresh:
         return Appended([item for item in placed if item is not None], head, head.state)
 
-    places = states.decode_places(head.state)
     if expected is not None and (expected[1] != head.head_seq or expected[0] not in (0, places[2])):
         raise Conflict(
             "EXPECTED_MISMATCH",
@@ -425,7 +437,7 @@ def append(
     sealed.running_ms = running_ms
     if head.policy.get("expiry"):
         sealed.latest_ms = latest_ms()
-    sealed.write(hashes, fresh)
+    sealed.write(hashes, fresh, entries)
     queue = iter(sealed.placed)
     return Appended(
         [item if item is not None else next(queue) for item in placed], head, head.state, places=sealed.places
@@ -591,8 +603,8 @@ class _Sealed:
                 field = f"{turn.body_field}.{name.split()[0]}"
                 raise Invalid("INVALID_STATE_CHANGE", f"{field}: {what}.", {"field": field}, [(field, what)])
 
-    def write(self, hashes: Sequence[bytes], turns: Sequence[PreparedTurn]) -> None:
-        """Put everything into the transaction: rows, ids, checkpoints, head."""
+    def write(self, hashes: Sequence[bytes], turns: Sequence[PreparedTurn], ids: bytes) -> None:
+        """Put everything into the transaction: rows, ids, checkpoints, head. ids: the entries that there are."""
         head, h, transaction = self.head, self.h, self.transaction
         first_seq = head.head_seq + 1
         append_rows(transaction, h, head, first_seq, self.frames)
@@ -600,8 +612,9 @@ class _Sealed:
             id_hash + turn.digest[:8] + (first_seq + index).to_bytes(8, "big")
             for index, (id_hash, turn) in enumerate(zip(hashes, turns, strict=True))
         ]
-        append_ids(transaction, h, first_seq, entries)
+        kept = append_ids(transaction, h, first_seq, ids, entries)
         head.head_seq += len(self.frames)
+        transaction.remember_ids(h, head.head_seq, self.places[3], kept)
         # At a boundary the state is the checkpoint's.
         ends = self.boundaries and self.boundaries[-1][0] & 0xFFFFFFFF == head.head_seq
         head.state = self.boundaries[-1][1] if ends else states.encode_places(self.places)
@@ -609,7 +622,7 @@ class _Sealed:
         # A wall clock that was set back must not take from what the session has to live.
         behind = self.latest_ms - self.time_ms >= CLOCK_STEP_MS
         head.expires_ms = expires_ms(head.policy, head.created_ms, self.latest_ms if behind else self.time_ms)
-        head.saved = write_checkpoints(transaction, h, self.boundaries) or head.saved
+        head.saved = write_checkpoints(transaction, h, self.boundaries, head.saved) or head.saved
         write_head(transaction, h, head, self.time_ms, self.waiting)
 
 
@@ -641,34 +654,43 @@ def append_rows(transaction: Transaction, h: bytes, head: Head, first_seq: int, 
     head.tail_row = row_seq
 
 
-def append_ids(transaction: Transaction, h: bytes, first_seq: int, entries: Sequence[bytes]) -> None:
-    """Add the turn ids of consecutive turns; drops chunks that lie wholly behind the horizon."""
-    chunks: dict[int, list[bytes]] = {}
-    for index, entry in enumerate(entries):
-        chunks.setdefault((first_seq + index - 1) // IDS_PER_CHUNK, []).append(entry)
-    for chunk, added in chunks.items():
-        key = chunk_key(h, chunk)
-        value = transaction.get("ids", key)
-        known = b"" if value is None else unwrap(h, "ids", value)
-        transaction.put("ids", key, wrap(h, "ids", known + b"".join(added)))
-    newest = max(chunks)
-    if newest * IDS_PER_CHUNK + 1 >= first_seq:
+def append_ids(transaction: Transaction, h: bytes, first_seq: int, ids: bytes, entries: Sequence[bytes]) -> bytes:
+    """Add the turn ids of consecutive turns to the entries that there are, and drop chunks that lie wholly behind the
+    horizon; the entries that there are then.
+    """
+    last_seq = first_seq + len(entries) - 1
+    ids += b"".join(entries)
+    oldest, newest = (first_seq - 1) // IDS_PER_CHUNK, (last_seq - 1) // IDS_PER_CHUNK
+    for chunk in range(oldest, newest + 1):
+        start = max(0, len(ids) - (last_seq - chunk * IDS_PER_CHUNK) * TURN_ID_ENTRY_BYTES)
+        end = len(ids) - max(0, last_seq - (chunk + 1) * IDS_PER_CHUNK) * TURN_ID_ENTRY_BYTES
+        transaction.put("ids", chunk_key(h, chunk), wrap(h, "ids", ids[start:end]))
+    first_kept = newest - _CHUNKS_KEPT
+    if first_kept > 0 and newest * IDS_PER_CHUNK + 1 >= first_seq:
         # A chunk was begun: only then can an old one have fallen behind the horizon.
-        old = [key for key, _ in transaction.scan("ids", h) if int.from_bytes(key[16:], "big") < newest - _CHUNKS_KEPT]
-        for key in old:
-            transaction.delete("ids", key)
+        for chunk in range(max(0, oldest - _CHUNKS_KEPT), first_kept):
+            transaction.delete("ids", chunk_key(h, chunk))
+        ids = ids[-(last_seq - first_kept * IDS_PER_CHUNK) * TURN_ID_ENTRY_BYTES :]
+    return ids
 
 
-def write_checkpoints(transaction: Transaction, h: bytes, boundaries: Sequence[tuple[int, bytes]]) -> list[int]:
-    """Add checkpoints and keep the newest CHECKPOINTS_MAX; the versions of all, none if nothing was added."""
+def write_checkpoints(
+    transaction: Transaction, h: bytes, boundaries: Sequence[tuple[int, bytes]], saved: list[int] | None
+) -> list[int]:
+    """Add checkpoints and keep the newest CHECKPOINTS_MAX; the versions of all, none if nothing was added. saved: the
+    versions that there are, None if nobody wrote them down.
+    """
     if not boundaries:
         return []
+    if saved is None:
+        saved = [int.from_bytes(key[16:], "big") for key, _ in transaction.scan("checkpoints", h)]
+    versions = [*saved, *(version for version, _ in boundaries)]
+    kept = versions[-CHECKPOINTS_MAX:]
     for version, state in boundaries[-CHECKPOINTS_MAX:]:
         transaction.put("checkpoints", seq_key(h, version), wrap(h, "checkpoints", state))
-    kept = [key for key, _ in transaction.scan("checkpoints", h)]
-    for key in kept[:-CHECKPOINTS_MAX]:
-        transaction.delete("checkpoints", key)
-    return [int.from_bytes(key[16:], "big") for key in kept[-CHECKPOINTS_MAX:]]
+    for version in saved[: len(versions) - len(kept)]:
+        transaction.delete("checkpoints", seq_key(h, version))
+    return kept
 
 
 def _length_delimited(number: int, payload: bytes) -> bytes:
