@@ -32,7 +32,7 @@ import structlog
 from sessiond import link, telemetry
 from sessiond.errors import SessiondError
 from sessiond.link import Link
-from sessiond.service.batches import check_size
+from sessiond.service.batches import REPLY_BYTES_MAX, Breaks, check_size
 from sessiond.service.hotpath import HotPath
 from sessiond.tiers.block import Block, ClockView, LeaseView
 from sessiond.tiers.hot.environment import Environment
@@ -193,7 +193,7 @@ class Worker:
         self._calls_max = concurrent_calls_max
         own = {
             "ResumeSession": self._own(self._resume),
-            "BatchResumeSessions": self._own(self._batch_resume),
+            "BatchResumeSessions": self._batch_resume,
             "AppendTurn": self._append,
         }
         handlers = {
@@ -272,7 +272,24 @@ class Worker:
             self._count("ResumeSession")
         return answer
 
-    def _batch_resume(self, hot_path: HotPath, raw: bytes) -> bytes | None:
+    def _batch_resume(self, relayed: Any) -> Any:
+        """The handler of BatchResumeSessions."""
+
+        async def call(raw: bytes, context: Context) -> bytes:
+            hot_path = self._hot_path
+            if hot_path is not None and self._in_flight < self._calls_max:
+                self._in_flight += 1
+                try:
+                    answer = await self._resume_all(hot_path, raw)
+                finally:
+                    self._in_flight -= 1
+                if answer is not None:
+                    return answer
+            return bytes(await relayed(raw, context))
+
+        return call
+
+    async def _resume_all(self, hot_path: HotPath, raw: bytes) -> bytes | None:
         """All of a batch, or nothing of it."""
         try:
             items = split(session_pb2.BatchResumeSessionsRequest, "requests", raw, self._request_bytes_max)
@@ -280,12 +297,18 @@ class Worker:
         except SessiondError:
             return None
         pieces: list[bytes] = []
+        size_bytes, rungs, breaks = 0, Counter[str](), Breaks()
         for item in items:
-            answer = hot_path.resume(item, TENANT)
-            if answer is None:
-                self._count_rungs(False)
+            answer = hot_path.resume(item, TENANT) if self._serves() else None
+            # Taken at once: other calls count theirs in the breaks.
+            rungs.update(self._rungs)
+            self._count_rungs(False)
+            # Where there is no room for all, the keeper says for which.
+            if answer is None or (size_bytes := size_bytes + len(answer)) > REPLY_BYTES_MAX:
                 return None
             pieces += (head(1, len(answer)), answer)
+            await breaks.give_way()
+        self._rungs.update(rungs)
         self._count_rungs(True)
         self._count("BatchResumeSessions")
         self._telling.counts["call:BatchResumeSessions/item"] += len(items)

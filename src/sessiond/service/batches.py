@@ -93,6 +93,20 @@ def shortened(reply: bytes) -> bytes:
     return bytes(response.SerializeToString())
 
 
+class Breaks:
+    """When long work on the loop lets other calls have it."""
+
+    def __init__(self) -> None:
+        self._began_s = time.perf_counter()
+
+    async def give_way(self) -> None:
+        """Let other calls have the loop, if this one had it for long."""
+        if time.perf_counter() - self._began_s > SLICE_S:
+            for _ in range(SLICE_TURNS):
+                await asyncio.sleep(0)
+            self._began_s = time.perf_counter()
+
+
 class Batch:
     """One batch, on its way once."""
 
@@ -113,7 +127,7 @@ class Batch:
         self._full = False
         # Appends, which are carried out whatever room there is for their replies.
         self._writes = False
-        self._slice_began_s = time.perf_counter()
+        self._breaks = Breaks()
 
     async def resume(self, shortcut: Shortcut, places: Places) -> list[Outcome]:
         """The outcomes of resumes, in order. The shortcut is tried for all, then the general way for what is left."""
@@ -133,7 +147,7 @@ class Batch:
                 left.append([place])
                 continue
             self._keep(place, reply)
-            await self._give_way()
+            await self._breaks.give_way()
         await self._spread(left, places)
         return self._told()
 
@@ -185,7 +199,7 @@ class Batch:
                     self._outcomes[place] = error
                 else:
                     self._keep(place, reply)
-                await self._give_way()
+                await self._breaks.give_way()
 
     def _keep(self, place: int, reply: bytes) -> None:
         if self._reply_bytes and self._reply_bytes + len(reply) > REPLY_BYTES_MAX:
@@ -199,13 +213,6 @@ class Batch:
 
     def _is_over(self) -> bool:
         return self._ends_ms is not None and self._clock_ms() >= self._ends_ms
-
-    async def _give_way(self) -> None:
-        """Let other calls have the loop, if this one had it for long."""
-        if time.perf_counter() - self._slice_began_s > SLICE_S:
-            for _ in range(SLICE_TURNS):
-                await asyncio.sleep(0)
-            self._slice_began_s = time.perf_counter()
 
     def _told(self) -> list[Outcome]:
         return [
