@@ -95,6 +95,13 @@ def _bill_facts(bill: dict[str, float]) -> list[tuple[str, object]]:
     ]
 
 
+def _worker_text(worker: admin_pb2.WorkerStatus) -> str:
+    """What one worker does."""
+    runs = f"process {worker.pid}" if worker.pid else "BEING STARTED AGAIN"
+    done = f"{worker.answered} answered, {worker.relayed} passed on, {worker.commits} commits"
+    return f"{runs}, {output.bytes_text(worker.resident_bytes)}, {done}, {worker.restarts} restarts"
+
+
 def _facts(status: admin_pb2.GetStatusResponse) -> list[tuple[str, object]]:
     hot, cloud, group = status.hot, status.cloud, status.group_commit
     used = f"{output.bytes_text(hot.map_used_bytes)} of {output.bytes_text(hot.map_size_bytes)}"
@@ -108,6 +115,8 @@ def _facts(status: admin_pb2.GetStatusResponse) -> list[tuple[str, object]]:
         ("phase", output.enum_text(admin_pb2.NodePhase, status.phase, "NODE_PHASE_")),
         ("started", output.time_text(status.started_at_unix_ms)),
         ("memory", output.bytes_text(status.resident_bytes)),
+        *((f"worker {worker.number}", _worker_text(worker)) for worker in status.workers),
+        *((f"old reader {reader.pid}", f"for {reader.age_ms} ms: the file grows") for reader in status.old_readers),
         ("hot tier", f"{hot.path}: {hot.sessions} sessions, {used}, {hot.readers} readers"),
         ("not flushed", f"{hot.dirty_sessions} sessions, the oldest for {hot.oldest_dirty_ms} ms"),
         (
