@@ -1,4 +1,4 @@
-"""A node whose keeper stands still while its workers go on: nobody of it says CONFIRMED once it may have been fenced."""
+"""A node whose keeper stands still while its workers go on: none says CONFIRMED once it may have been fenced."""
 
 from __future__ import annotations
 
