@@ -43,6 +43,8 @@ BACKOFF_LAST_S: Final = 5.0
 # A worker that lived for so long is started again at once.
 SETTLED_MS: Final = 30_000
 START_S: Final = 60.0
+# A killed process is gone at once, unless the disk holds it.
+GONE_S: Final = 0.2
 STARTS_MAX: Final = 3
 # Beyond the grace that calls under way have.
 STOP_MARGIN_S: Final = 1.0
@@ -104,6 +106,8 @@ class Workers:
         self._stopping = False
         self._task: asyncio.Task[None] | None = None
         self._looked_ms = 0
+        # Killed, and not gone yet.
+        self._dying: list[subprocess.Popen[bytes]] = []
         for worker in self._workers:
             # They import while the keeper opens what it needs.
             self._spawn(worker)
@@ -306,7 +310,12 @@ class Workers:
             self._changed.set()
             return
         process.kill()
-        code = process.wait()
+        try:
+            code = process.wait(GONE_S)
+        except subprocess.TimeoutExpired:
+            # A disk that does not answer holds it; nobody may wait for that here.
+            code = -signal.SIGKILL
+            self._dying.append(process)
         self.block.clear(worker.number + 1)
         worker.listens = False
         worker.before += worker.now
@@ -335,6 +344,7 @@ class Workers:
         while True:
             await asyncio.sleep(LOOK_S)
             now_ms = boot_clock_ms()
+            self._dying = [process for process in self._dying if process.poll() is None]
             paused, self._looked_ms = now_ms - self._looked_ms > PAUSE_MS, now_ms
             locks = self.block.locks(len(self._workers) + 1)
             for worker in self._workers:

@@ -31,6 +31,7 @@ WORKER_SERVES: Final = "worker_serves"
 WORKER_GONE: Final = "worker_gone"
 WORKER_KILLED: Final = "worker_killed"
 WORKER_FAILED: Final = "worker_failed"
+HOT_PATH_FAILED: Final = "hot_path_failed"
 
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 

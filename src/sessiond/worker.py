@@ -50,6 +50,8 @@ TOLD_S: Final = 0.1
 WARM_AFTER_S: Final = 3.0
 # Names of sessions that wait to be told; beyond it all of them count as changed.
 UNTOLD_MAX: Final = 4096
+# Sessions of which it is still to be told that they were used.
+USED_MAX: Final = 65_536
 SERVICE: Final = "sessiond.v1.SessionService"
 HEALTH_CHECK: Final = "/grpc.health.v1.Health/Check"
 REFLECTION: Final = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
@@ -93,7 +95,8 @@ class Telling:
 
     def used(self, h: bytes) -> None:
         """A caller here used a session."""
-        self._used[h] = None
+        if len(self._used) < USED_MAX:
+            self._used[h] = None
 
     def tell(self, **more: int | bool) -> None:
         """Say what has gathered."""
@@ -105,8 +108,8 @@ class Telling:
             for start in range(0, max(1, len(names)), UNTOLD_MAX):
                 part = names[start : start + UNTOLD_MAX]
                 if not self._link.send(link.TOLD, used=part, counts=dict(counts), **more):
-                    # The next time: what was used a moment longer ago is as good.
-                    self._used = dict.fromkeys(names[start : start + UNTOLD_MAX]) | self._used
+                    # The next time: what was used a moment longer ago is as good, and some may go untold.
+                    self._used = dict.fromkeys(names[start : start + USED_MAX])
                     self.counts.update(counts)
                     return
                 counts = Counter()
@@ -222,7 +225,10 @@ class Worker:
             async def call(raw: bytes, context: Context) -> bytes:
                 hot_path = self._hot_path
                 if hot_path is not None and self._serves():
-                    answer = work(hot_path, raw)
+                    try:
+                        answer = work(hot_path, raw)
+                    except Exception as error:
+                        answer = self._unforeseen(error)
                     if answer is not None:
                         return answer
                 return bytes(await relayed(raw, context))
@@ -243,6 +249,9 @@ class Worker:
                 except asyncio.CancelledError:
                     self._telling.counts["cancelled:AppendTurn"] += 1
                     raise
+                except Exception as error:
+                    # What became of it nobody knows: the keeper does it, or finds it done, by its turn ids.
+                    answer = self._unforeseen(error)
                 finally:
                     self._in_flight -= 1
                 if answer is not None:
@@ -251,6 +260,11 @@ class Worker:
             return bytes(await relayed(raw, context))
 
         return call
+
+    def _unforeseen(self, error: Exception) -> None:
+        """An error of the hot path's own: the general path answers, and says what is wrong if it meets it, too."""
+        log.error(telemetry.HOT_PATH_FAILED, worker=self._number, exc_info=error)
+        self._rungs.clear()
 
     def _count(self, name: str) -> None:
         counts = self._telling.counts

@@ -7,10 +7,12 @@ refused. It accepts no connection.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import socket
 import stat
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -19,6 +21,8 @@ from sessiond.errors import Unavailable
 
 # Names of this kind live as long as the process that has them, one table for each network namespace, as ports do.
 _CLAIM: Final = "\0sessiond/listen/"
+# So long what listens on a port is given to end.
+ENDING_S: Final = 1.0
 
 
 def socket_path(listen: str) -> Path:
@@ -108,14 +112,27 @@ class SharedPort:
         self._held.append(claim)
         claim.bind(f"{_CLAIM}{host}:{port}")
 
-    def _hold(self, family: int, address: tuple[object, ...], *, tried: bool) -> int:
-        """Bind without listening, so that no connection is led here; the port. tried: it is a free one of any."""
-        if not tried:
+    def _try(self, family: int, address: tuple[object, ...]) -> None:
+        """Find out that nobody listens there. Workers of a keeper that was killed a moment ago may still be ending."""
+        ends_s = time.monotonic() + ENDING_S
+        while True:
             with socket.socket(family, socket.SOCK_STREAM) as trial:
                 trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 _only_its_family(trial)
-                trial.bind(address)
-                trial.listen(1)
+                try:
+                    trial.bind(address)
+                    trial.listen(1)
+                except OSError as error:
+                    if error.errno != errno.EADDRINUSE or time.monotonic() > ends_s:
+                        raise
+                else:
+                    return
+            time.sleep(ENDING_S / 20)
+
+    def _hold(self, family: int, address: tuple[object, ...], *, tried: bool) -> int:
+        """Bind without listening, so that no connection is led here; the port. tried: it is a free one of any."""
+        if not tried:
+            self._try(family, address)
         held = socket.socket(family, socket.SOCK_STREAM)
         self._held.append(held)
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
