@@ -228,7 +228,8 @@ class Worker:
                     try:
                         answer = work(hot_path, raw)
                     except Exception as error:
-                        answer = self._unforeseen(error)
+                        answer = None
+                        self._unforeseen(error)
                     if answer is not None:
                         return answer
                 return bytes(await relayed(raw, context))
@@ -251,7 +252,8 @@ class Worker:
                     raise
                 except Exception as error:
                     # What became of it nobody knows: the keeper does it, or finds it done, by its turn ids.
-                    answer = self._unforeseen(error)
+                    answer = None
+                    self._unforeseen(error)
                 finally:
                     self._in_flight -= 1
                 if answer is not None:

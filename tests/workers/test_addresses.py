@@ -180,3 +180,18 @@ def test_a_signal_to_the_whole_group_is_the_keepers_to_follow() -> None:
         assert not re.search("worker_gone|worker_killed", daemon.log())
         with pytest.raises(grpc.RpcError):
             wire.append("s", user("t2", "hello"))
+
+
+def test_a_daemon_is_started_again_the_moment_its_keeper_is_killed(tmp_path: Path) -> None:
+    """Its workers may not have ended yet."""
+    with running_daemon(tmp_path / "data", port=free_port()) as daemon:
+        for number in range(3):
+            with closing(Wire(daemon.address)) as wire:
+                wire.create("s")
+                wire.append("s", user(f"t{number}", "hello"))
+            os.kill(daemon.pid, signal.SIGKILL)
+            daemon.process.wait()
+            daemon.process = None
+            daemon.start()
+        with closing(Wire(daemon.address)) as wire:
+            assert [turn.turn_id for turn in wire.turns("s")] == ["t0", "t1", "t2"]
