@@ -110,19 +110,21 @@ def workers(points: list[Point]) -> Any:
 
 
 def rungs(points: list[Point]) -> Any:
-    """Latency by rung, logarithmic, one bar each."""
-    figure, axes = plt.subplots(figsize=(7, 0.5 * len(points) + 1.2))
-    names = [point["x"] for point in points][::-1]
-    y = [point["y"] * 1e3 for point in points][::-1]
+    """Latency by rung, logarithmic, HOT first. Dots: a bar would begin nowhere on such an axis."""
+    points = sorted(points, key=lambda point: point["x"] != "HOT")[::-1]
+    figure, axes = plt.subplots(figsize=(7, 0.45 * len(points) + 1.0))
+    x = [point["y"] * 1e3 for point in points]
     errors = [
-        [(point["y"] - point["low"]) * 1e3 for point in points][::-1],
-        [(point["high"] - point["y"]) * 1e3 for point in points][::-1],
+        [(point["y"] - point["low"]) * 1e3 for point in points],
+        [(point["high"] - point["y"]) * 1e3 for point in points],
     ]
-    bars = axes.barh(names, y, xerr=errors, color=OURS, height=0.6, capsize=2)
-    axes.bar_label(bars, [f" {value:,.2f} ms" for value in y], fontsize=8, padding=6)
+    places = range(len(points))
+    axes.errorbar(x, places, xerr=errors, fmt="o", color=OURS, capsize=3)
+    for place, value in zip(places, x, strict=True):
+        axes.annotate(f"{value:,.2f} ms", (value, place), (0, 6), textcoords="offset points", ha="center", fontsize=8)
+    axes.set_yticks(list(places), [point["x"] for point in points])
+    axes.set_ylim(-0.6, len(points) - 0.3)
     axes.set_xscale("log")
-    axes.set_xlim(right=max(y) * 4)
-    axes.grid(axis="y", visible=False)
     axes.xaxis.set_major_formatter(FuncFormatter(plain))
     axes.set_xlabel("ms from the call to the context, p50")
     return figure
@@ -139,6 +141,7 @@ def soak(points: list[Point]) -> Any:
         axes.set_title(name, loc="left", fontsize=8)
         axes.yaxis.set_major_formatter(FuncFormatter(plain))
     panels[-1][0].set_xlabel("minutes")
+    figure.subplots_adjust(hspace=0.55)
     return figure
 
 

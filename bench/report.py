@@ -71,7 +71,7 @@ def promised(figures: list[Figure], promises: dict[str, Promise]) -> list[str]:
                 (
                     promise.what,
                     figure["against"] or promise.against or "-",
-                    figure["case"],
+                    f"{figure['case']}: {figure['measure']}",
                     promise.asked(),
                     amount(middle, unit),
                     f"{amount(low, unit)} - {amount(high, unit)}",
