@@ -33,7 +33,7 @@ mpl.rcParams.update(
 )
 
 from matplotlib import pyplot as plt  # noqa: E402
-from matplotlib.ticker import FuncFormatter  # noqa: E402
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter  # noqa: E402
 
 Point = dict[str, Any]
 OURS = "#b2182b"
@@ -125,7 +125,9 @@ def rungs(points: list[Point]) -> Any:
     axes.set_yticks(list(places), [point["x"] for point in points])
     axes.set_ylim(-0.6, len(points) - 0.3)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(FuncFormatter(plain))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("ms from the call to the context, p50")
     return figure
 
