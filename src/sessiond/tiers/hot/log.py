@@ -668,7 +668,8 @@ def append_ids(transaction: Transaction, h: bytes, first_seq: int, ids: bytes, e
     first_kept = newest - _CHUNKS_KEPT
     if first_kept > 0 and newest * IDS_PER_CHUNK + 1 >= first_seq:
         # A chunk was begun: only then can an old one have fallen behind the horizon.
-        for chunk in range(max(0, oldest - _CHUNKS_KEPT), first_kept):
+        newest_before = (first_seq - 2) // IDS_PER_CHUNK
+        for chunk in range(max(0, newest_before - _CHUNKS_KEPT), first_kept):
             transaction.delete("ids", chunk_key(h, chunk))
         ids = ids[-(last_seq - first_kept * IDS_PER_CHUNK) * TURN_ID_ENTRY_BYTES :]
     return ids
