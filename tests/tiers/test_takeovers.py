@@ -17,7 +17,7 @@ from sessiond.service.ownership import OwnedElsewhere
 from sessiond.tiers.cloud.store import Ambiguous, Stored, StoreUnavailable
 from sessiond.tiers.hot.rows import PHASE_FENCED, PHASE_RELEASING
 from sessiond.tiers.hydrate import Segments
-from sessiond.v1 import context_pb2, session_pb2
+from sessiond.v1 import context_pb2, session_pb2, turn_pb2
 from tests.tiers.test_commits import PATIENCE_S, Land, S, World, is_manifest, refused, talk, user
 
 
@@ -115,3 +115,20 @@ def test_a_segment_that_two_readers_fetch_at_once_is_counted_once(world: World) 
         found = list(readers.map(lambda _: segments.frames(manifest, manifest.segments[0]), range(2)))
     assert found[0] == found[1]
     assert segments.held_bytes == len(found[0])
+
+
+def test_what_a_caller_had_acknowledged_behind_the_end_of_the_log_is_named(world: World) -> None:
+    node = talk(world)
+    head = node.head
+    behind = turn_pb2.TurnPosition(epoch=head.epoch, seq=head.head_seq + 3, chain=b"c" * 16)
+    context = node.resume(highest_acked=behind)
+    missing = [(gap.epoch, gap.first_seq, gap.last_seq) for gap in context.receipt.missing]
+    assert missing == [(head.epoch, head.head_seq + 1, head.head_seq + 3)]
+    assert (context.receipt.rung, context.receipt.stale) == (context_pb2.RUNG_PARTIAL, True)
+    # Another turn stands where this caller had one acknowledged.
+    other = turn_pb2.TurnPosition(epoch=head.epoch, seq=head.head_seq, chain=b"c" * 16)
+    context = node.resume(highest_acked=other)
+    assert [(gap.first_seq, gap.last_seq) for gap in context.receipt.missing] == [(head.head_seq, head.head_seq)]
+    assert context.receipt.rung == context_pb2.RUNG_PARTIAL
+    # What one more caller is told is not what the next one is.
+    assert not node.resume().receipt.missing
