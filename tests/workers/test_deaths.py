@@ -22,7 +22,7 @@ from sessiond.testing import Daemon, running_daemon
 from sessiond.tiers.hot.environment import LOCK_FREE
 from sessiond.v1 import admin_pb2, session_pb2
 from sessiond.verify import verify
-from tests.crash.test_sigkill_loop import SESSIONS, WRITERS, Load, check
+from tests.crash.test_sigkill_loop import SESSIONS, WRITERS, Load, check, run_loop
 from tests.e2e.test_watch import Watch
 from tests.fault.syscalls import FSYNC, Control
 from tests.wire import Wire, user
@@ -112,6 +112,10 @@ def alive(keeper: int) -> list[int]:
     return [pid for pid in children if runs(pid) and b"sessiond.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
+def test_kills_of_all_processes_at_once_lose_and_double_nothing() -> None:
+    run_loop(kills=5, seed=20261120)
+
+
 def test_a_killed_keeper_takes_its_workers_with_it_and_nothing_that_was_acknowledged() -> None:
     rng = random.Random(7)
     with running_daemon(flush_interval_ms=50) as daemon, under_load(daemon, 2) as load:
@@ -196,6 +200,8 @@ def test_a_worker_that_stands_still_with_the_write_lock_is_ended_within_two_seco
             load.wait_for(200)
             with contextlib.closing(Wire(daemon.address)) as wire:
                 number, victim = 0, pids(wire)[0]
+                # Until it has opened the hot tier it takes no lock.
+                until(lambda: status(wire).workers[number].appends > 10, "it appends by itself")
             for _ in range(2000):
                 os.kill(victim, signal.SIGSTOP)
                 if slots.what(number) != LOCK_FREE:

@@ -23,7 +23,6 @@ from tests.cluster.test_zombie import (
     test_a_killed_node_that_starts_late_on_its_disk_gives_its_turns_back,
     test_a_node_that_is_cut_off_serves_unconfirmed_and_its_turns_are_kept,
 )
-from tests.crash.test_sigkill_loop import test_25_kills_under_16_writers_lose_and_double_nothing
 from tests.e2e.test_ladder import (
     test_a_drained_node_keeps_reading_and_takes_nothing,
     test_a_kill_with_the_loss_of_the_disk_is_partial_until_accepted,

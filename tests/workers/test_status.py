@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from contextlib import closing
 
 from sessiond.testing import running_daemon
@@ -51,16 +52,21 @@ def test_a_session_that_workers_answer_for_is_in_use_and_is_not_released_as_idle
             wire.create(name)
             wire.append(name, user("t", "hello"))
 
-        def owner(name: str) -> str:
-            return wire.sessions.GetSession(session_pb2.GetSessionRequest(session_id=name)).session.owner_node
+        def get(name: str) -> session_pb2.Session:
+            return wire.sessions.GetSession(session_pb2.GetSessionRequest(session_id=name)).session
 
         def left_alone() -> bool:
-            wire.resume("used")
-            return not owner("left")
+            assert wire.resume("used").receipt.rung == HOT
+            return not get("left").owner_node
 
         until(left_alone, "the one that nobody uses is released")
-        assert owner("used")
-        assert wire.resume("used").receipt.rung == HOT
+        ends_s = time.monotonic() + 4
+        while time.monotonic() < ends_s:
+            assert wire.resume("used").receipt.rung == HOT
+        # It was never released and taken again.
+        assert get("used").owner_node
+        assert get("used").epoch == 1
+        assert status(wire).ownership.claims == 0
 
 
 def test_a_read_transaction_that_is_left_open_is_named() -> None:
