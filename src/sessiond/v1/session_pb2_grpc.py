@@ -178,7 +178,8 @@ class SessionServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def BatchAppendTurns(self, request, context):
-        """Appends to many sessions in one call, each with its own outcome.
+        """Appends to many sessions in one call, each with its own outcome: those to one session in their order, whatever
+        becomes of each, and different sessions beside each other.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
