@@ -224,15 +224,16 @@ RARE: dict[str, dict[str, Any]] = {
 def test_what_a_caller_may_not_have_is_declined(world: World, name: str) -> None:
     node = world.node()
     node.create()
-    for session_id in ("~user/ann",):
-        world.run(node.sessions.ownership.settle())
-        assert general_resume(node, session_pb2.ResumeSessionRequest(session_id=session_id)) is None
     quick = hot_path(node, default_budget_tokens=900)
     fields = {"session_id": S, **RARE[name]}
     assert quick.resume(session_pb2.ResumeSessionRequest(session_id=S).SerializeToString(), TENANT) is not None
     assert quick.resume(session_pb2.ResumeSessionRequest(**fields).SerializeToString(), TENANT) is None
     append = session_pb2.AppendTurnRequest(turns=[user("t1")], **fields)
     assert quick.append_blocking(append.SerializeToString(), TENANT) is None
+    # Nor does the general path let him.
+    with pytest.raises(SessiondError):
+        world.run(node.sessions.append(node.call, append))
+    assert general_resume(node, session_pb2.ResumeSessionRequest(**fields)) is None
     assert node.head.head_seq == 0
 
 

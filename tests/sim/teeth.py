@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ CAUGHT = Path(__file__).with_name("teeth.json")
 # What is tried once no seed has caught a plant; all of them work within the process.
 TESTS = [
     "tests/sim/test_stories.py",
+    "tests/service/test_hotpath.py",
     *(f"tests/tiers/test_{name}.py" for name in ("fences", "rescues", "takeovers", "claims", "commits", "lease")),
 ]
 # Seeds after which a plant counts as caught by none of them.
@@ -504,6 +505,11 @@ class Verdict:
     test: str | None = None
 
     @property
+    def is_caught(self) -> bool:
+        """Whether anything did."""
+        return self.seed is not None or self.test is not None
+
+    @property
     def told(self) -> str:
         """For whoever waits."""
         if self.seed is not None:
@@ -566,14 +572,15 @@ def caught_by_test(plant: Plant | Mutation) -> tuple[str | None, str]:
     return catcher.test, catcher.what[:160]
 
 
-def known() -> dict[str, Any]:
-    """What caught each plant when the table was written: the number of a seed, or a test's id."""
-    return dict(json.loads(CAUGHT.read_text())) if CAUGHT.exists() else {}
+def known() -> dict[str, Verdict]:
+    """What became of each plant when the table was written, by its name."""
+    rows = json.loads(CAUGHT.read_text()) if CAUGHT.exists() else []
+    return {row["name"]: Verdict(**row) for row in rows}
 
 
 def known_seeds() -> dict[str, int]:
     """The seed that caught each plant when the table was written, of those that seeds catch."""
-    return {name: caught for name, caught in known().items() if isinstance(caught, int)}
+    return {name: verdict.seed for name, verdict in known().items() if verdict.seed is not None}
 
 
 def plants() -> list[Plant | Mutation]:
@@ -599,27 +606,31 @@ def main() -> int:
     parser.add_argument("--only", help="run the plants whose name has this in it, and write no table")
     parser.add_argument("--seeds", type=int, default=SEEDS_MAX)
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--again", action="store_true", help="run those that nothing caught, or that are new")
     parser.add_argument("--list", action="store_true")
     arguments = parser.parse_args()
-    names = [plant.name for plant in plants() if arguments.only is None or arguments.only in plant.name]
+    every = [plant.name for plant in plants()]
+    names = [name for name in every if arguments.only is None or arguments.only in name]
+    verdicts: dict[str, Verdict] = {}
+    if arguments.again:
+        verdicts = {name: verdict for name, verdict in known().items() if name in every and verdict.is_caught}
+        names = [name for name in names if name not in verdicts]
     if arguments.list:
         print("\n".join(names))
         return 0
-    verdicts: dict[str, Verdict] = {}
     # A process for each: whatever a planted bug leaves behind is gone with it.
     with ProcessPoolExecutor(arguments.jobs, get_context("spawn"), max_tasks_per_child=1) as pool:
         running = {pool.submit(judge, name, arguments.seeds): name for name in names}
         for done in as_completed(running):
             verdict = verdicts[running[done]] = done.result()
             print(f"{verdict.name}: {verdict.told} ({verdict.seeds} seeds)", flush=True)
-    ordered = [verdicts[name] for name in names]
     if arguments.only is None:
-        write(ordered, len(BY_HAND), arguments.seeds)
-    return sum(verdict.seed is None and verdict.test is None for verdict in ordered)
+        write([verdicts[name] for name in every], len(BY_HAND))
+    return sum(not verdict.is_caught for verdict in verdicts.values())
 
 
-def write(verdicts: list[Verdict], by_hand: int, seeds: int) -> None:
-    """The table, and beside it what caught each by name, for the tests."""
+def write(verdicts: list[Verdict], by_hand: int) -> None:
+    """The table, and beside it the same for the tests and for the next run."""
     from tests.sim.survivors import SURVIVORS
 
     by_seed = [verdict for verdict in verdicts if verdict.seed is not None]
@@ -628,7 +639,8 @@ def write(verdicts: list[Verdict], by_hand: int, seeds: int) -> None:
         "# Planted bugs, and what catches them",
         "",
         "Written by `python -m tests.sim.teeth`; do not edit. Each bug is planted alone; seeds run until one breaks.",
-        f"What no seed of {seeds} catches is tried against the stories here and the tests of the tiers.",
+        f"What none of {max(verdict.seeds for verdict in verdicts)} seeds catches is tried against the stories of the"
+        " simulation and the tests of the service and the tiers.",
         f"Of {len(verdicts)} bugs {len(by_seed)} are caught by a seed, {len(by_test)} by a named story or test, and"
         f" {len(verdicts) - len(by_seed) - len(by_test)} survive.",
     ]
@@ -645,8 +657,7 @@ def write(verdicts: list[Verdict], by_hand: int, seeds: int) -> None:
                 continue
             lines.append(f"| {cell(verdict.name)} | {caught} | {verdict.by} | {cell(verdict.what)} |")
     TABLE.write_text("\n".join(lines) + "\n")
-    found = {verdict.name: verdict.seed if verdict.seed is not None else verdict.test for verdict in by_seed + by_test}
-    CAUGHT.write_text(json.dumps(found, indent=1) + "\n")
+    CAUGHT.write_text(json.dumps([asdict(verdict) for verdict in verdicts], indent=1) + "\n")
 
 
 def cell(text: str) -> str:

@@ -329,3 +329,24 @@ def test_whoever_owned_a_session_once_is_not_asked_for_ever(folder: Path) -> Non
         assert await second.send(appending(second), 5.0)
 
     assert story.tell(plot) == []
+
+
+def test_a_creation_that_was_cut_short_with_its_disk_is_listed_once_somebody_has_it(story: Story) -> None:
+    first, second = story.device("a", "n1"), story.device("b", "n2")
+    weather, objects = story.world.weather, story.world.region.objects
+
+    def rows() -> list[str]:
+        return [key for key in objects if key.startswith("u/")]
+
+    async def plot() -> None:
+        world = story.world
+        # The manifest lands, the row that lists the session does not, and the node is lost.
+        weather.outage["n1"] = ("unwritable", "u/")
+        assert not await first.create(3.0)
+        assert story.owner() == (1, "n1")
+        assert rows() == []
+        world.schedule.after(1, lambda: world.lose_disk("n1"))
+        assert await second.append(40.0), "n2 takes it"
+        assert len(rows()) == 1
+
+    assert story.tell(plot) == []

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 
 from sessiond.core import envelope
+from sessiond.core.manifest import LIFECYCLE_DELETED
 from sessiond.daemon import doubt_all, take_node
 from sessiond.tiers.cloud.bucket import lease_key
 from sessiond.tiers.cloud.lease import Lease, fenced_body
-from sessiond.tiers.hot.rows import PHASE_DOUBTED, PHASE_OWNED
-from tests.tiers.test_commits import LiveNode, World, assistant, fenced, talk, user
+from sessiond.tiers.hot.rows import PHASE_DOUBTED, PHASE_OWNED, PHASE_RELEASED
+from sessiond.v1 import session_pb2
+from tests.tiers.test_commits import Killed, LiveNode, S, World, assistant, fenced, killed_once_landed, talk, user
 from tests.tiers.test_rescues import rescues
 
 
@@ -93,3 +95,18 @@ def test_turns_that_their_sender_appended_again_are_neither_applied_twice_nor_li
     assert [turn.turn_id for turn in owner.resume().turns] == ["t1", "t2", "t3", "t4"]
     assert not world.manifest.orphans
     assert not node.proofs()
+
+
+def test_a_doubt_about_what_this_node_had_deleted_ends_with_the_deletion(world: World) -> None:
+    node = talk(world)
+    node.flush()
+    world.store.on_put = killed_once_landed
+    with pytest.raises(Killed):
+        world.run(node.sessions.delete(node.call, session_pb2.DeleteSessionRequest(session_id=S)))
+    world.store.heal()
+    assert world.manifest.lifecycle == LIFECYCLE_DELETED
+    again = world.restart(node)
+    assert again.head.phase == PHASE_DOUBTED
+    world.run(again.sessions.ownership.settle_doubt(world.h))
+    assert again.head.phase == PHASE_RELEASED
+    assert again.head.tombstoned

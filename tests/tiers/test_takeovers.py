@@ -132,3 +132,23 @@ def test_what_a_caller_had_acknowledged_behind_the_end_of_the_log_is_named(world
     assert context.receipt.rung == context_pb2.RUNG_PARTIAL
     # What one more caller is told is not what the next one is.
     assert not node.resume().receipt.missing
+
+
+def test_what_was_lost_stays_possible_until_it_is_accepted_and_then_is_told_to_whoever_had_it(world: World) -> None:
+    first = talk(world)
+    first.flush()
+    head = first.head
+    other = world.node("other", "n2")
+    assert other.take_over()
+    had = turn_pb2.TurnPosition(epoch=head.epoch, seq=head.head_seq + 1, chain=b"c" * 16)
+
+    def told(**fields: turn_pb2.TurnPosition) -> list[tuple[int, int, bool]]:
+        missing = other.resume(**fields).receipt.missing
+        return [(gap.first_seq, gap.last_seq, gap.possible_only) for gap in missing]
+
+    may_be, is_lost = (head.head_seq + 1, 0, True), (head.head_seq + 1, head.head_seq + 1, False)
+    assert told() == [may_be]
+    assert told(highest_acked=had) == [may_be, is_lost]
+    other.resume(accept_missing=head.epoch)
+    assert told() == []
+    assert told(highest_acked=had) == [is_lost]
