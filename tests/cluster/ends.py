@@ -77,6 +77,7 @@ def finish(
         for session in sessions:
             make_writable(member, session, f"last-{number}", history)
     cluster.flush()
+    cluster.rescue()
     logs = read_logs(cluster[0].address, sessions)
     orphans = read_orphans(cluster[1].address, sessions)
     history.check(logs, orphans, gone)

@@ -42,6 +42,8 @@ STEAL_LEASES = 3
 # What "writable again" may take beside three lease times: the issue, "What it must show", 2.
 TAKE_OVER_S_MAX = 10.0
 PATIENCE_S = 30.0
+# A rescue that failed is tried again after so long at most, and takes its time.
+RESCUE_S = 60.0
 # The setting under which a node tells its peers another address than the one that it listens on.
 ADVERTISE = "advertise"
 Result = TypeVar("Result")
@@ -195,6 +197,15 @@ class Cluster:
 
         for member in self.members:
             until(lambda member=member: flushed(member), f"nothing of {member.name} is unflushed")
+
+    def rescue(self) -> None:
+        """No node has turns any more of a session that another took from it: they are in the log, or listed."""
+        for member in self.members:
+            until(
+                lambda member=member: not member.status().ownership.fenced_sessions,
+                f"nothing of {member.name} waits for its rescue",
+                RESCUE_S,
+            )
 
     def stop(self) -> list[int]:
         """Drain and end every node, one after the other; their exit codes."""

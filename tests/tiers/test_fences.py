@@ -9,13 +9,25 @@ from typing import Any
 import pytest
 
 from sessiond.core import envelope
-from sessiond.core.manifest import LIFECYCLE_DELETED
+from sessiond.core.manifest import LIFECYCLE_ACTIVE, LIFECYCLE_DELETED
 from sessiond.daemon import doubt_all, take_node
+from sessiond.errors import Unavailable
 from sessiond.tiers.cloud.bucket import lease_key
 from sessiond.tiers.cloud.lease import Lease, fenced_body
-from sessiond.tiers.hot.rows import PHASE_DOUBTED, PHASE_OWNED, PHASE_RELEASED
+from sessiond.tiers.hot.rows import PHASE_DOUBTED, PHASE_FENCED, PHASE_OWNED, PHASE_RELEASED
 from sessiond.v1 import session_pb2
-from tests.tiers.test_commits import Killed, LiveNode, S, World, assistant, fenced, killed_once_landed, talk, user
+from tests.tiers.test_commits import (
+    Killed,
+    LiveNode,
+    S,
+    World,
+    assistant,
+    fenced,
+    killed_once_landed,
+    talk,
+    unsent,
+    user,
+)
 from tests.tiers.test_rescues import rescues
 
 
@@ -109,4 +121,23 @@ def test_a_doubt_about_what_this_node_had_deleted_ends_with_the_deletion(world: 
     assert again.head.phase == PHASE_DOUBTED
     world.run(again.sessions.ownership.settle_doubt(world.h))
     assert again.head.phase == PHASE_RELEASED
+    assert again.head.tombstoned
+
+
+def test_a_deletion_that_was_asked_of_a_node_that_was_gone_does_not_keep_its_rows(world: World) -> None:
+    """It came to nothing there; later the session is deleted by whoever took it."""
+    node = talk(world)
+    node.flush()
+    node.append(user("t3"))
+    world.store.on_put = unsent
+    with pytest.raises(Unavailable):
+        world.run(node.sessions.delete(node.call, session_pb2.DeleteSessionRequest(session_id=S)))
+    world.store.heal()
+    other = world.node("other", "n2")
+    assert other.take_over()
+    again = world.restart(node)
+    world.run(again.sessions.ownership.settle_doubt(world.h))
+    assert (again.head.phase, again.head.lifecycle) == (PHASE_FENCED, LIFECYCLE_ACTIVE)
+    world.run(other.sessions.delete(other.call, session_pb2.DeleteSessionRequest(session_id=S)))
+    world.run(rescues(again).offer(world.h))
     assert again.head.tombstoned

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 # ruff: noqa: F401  # pytest collects what is imported
-from tests.cluster.test_affinity import clients, test_a_session_follows_the_node_that_it_is_always_asked_for_through
-from tests.cluster.test_lost_node import test_a_session_nobody_asks_for_is_taken_by_the_first_read_after_the_loss
-from tests.cluster.test_nodes import test_three_nodes_share_a_bucket_and_leave_it_sound
-from tests.cluster.test_rolling import test_a_rolling_restart_under_load_is_heard_by_nobody
 from tests.cluster.test_spray import (
     test_a_sprayed_retry_is_a_duplicate_wherever_it_arrives,
-    test_calls_sprayed_over_all_nodes_move_no_session_and_get_the_owners_answers,
 )
 from tests.cluster.test_watch import (
     nodes,
@@ -20,13 +15,10 @@ from tests.cluster.test_watch import (
 )
 from tests.cluster.test_zombie import (
     test_a_frozen_node_that_thaws_changes_nothing_and_its_turns_are_kept,
-    test_a_killed_node_that_starts_late_on_its_disk_gives_its_turns_back,
-    test_a_node_that_is_cut_off_serves_unconfirmed_and_its_turns_are_kept,
 )
 from tests.e2e.test_ladder import (
     test_a_drained_node_keeps_reading_and_takes_nothing,
     test_a_kill_with_the_loss_of_the_disk_is_partial_until_accepted,
-    test_all_conversations_survive_a_drain_and_the_loss_of_the_hot_tier_with_the_same_contexts,
     test_re_appended_turns_make_a_lost_session_whole_again_and_are_applied_once,
     test_too_many_calls_at_once_are_refused_with_details_and_a_retry,
 )

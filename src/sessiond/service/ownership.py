@@ -227,7 +227,7 @@ class Ownership:
             raise not_found(session_id)
         check_user(session_id, cold.manifest.user, user_id)
         if cold.manifest.lifecycle == LIFECYCLE_DELETED:
-            if head is not None and head.lifecycle != LIFECYCLE_DELETED:
+            if head is not None and not (head.lifecycle == LIFECYCLE_DELETED and head.tombstoned):
                 await self.off_loop(self._parts.claims.note_deleted, h)
             raise log.deleted(session_id)
         if self.lifecycle(cold.manifest) == LIFECYCLE_DELETED:

@@ -1004,6 +1004,8 @@ class Flusher:
                 log.mark_deleted(transaction, h, head, self._clock_ms())
                 return
             head.phase = PHASE_FENCED
+            if not head.tombstoned and head.lifecycle == LIFECYCLE_DELETED:
+                head.lifecycle = LIFECYCLE_ACTIVE  # what was asked for here did not come to pass
             log.write_head(transaction, h, head, self._clock_ms())
             transaction.delete("dirty", h)
 

@@ -673,7 +673,8 @@ class Claims:
 
         def operation(transaction: Transaction) -> None:
             head = log.read_head(transaction, h)
-            if head is not None and head.lifecycle != LIFECYCLE_DELETED:
+            # A deletion that was only asked for here is not yet the one that stands there.
+            if head is not None and not (head.lifecycle == LIFECYCLE_DELETED and head.tombstoned):
                 log.mark_deleted(transaction, h, head, head.used_ms)
 
         self._hot.run_blocking(operation)
