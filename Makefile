@@ -91,7 +91,7 @@ run: build ## Shows it: import, kill -9 under load, recover, lose the disk, reco
 test: build ## Runs the tests: the whole suite on the compiled core, tests/core also on its pure twin
 	@$(call say,The whole suite on the compiled core)
 	@# A file stays on one worker, with its daemons; most of the time goes into waiting for fsyncs and timeouts.
-	@$(PY) -m pytest tests -q -m "not torture" -n 3 --dist loadfile -p no:benchmark $(ARGS) \
+	@$(PY) -m pytest tests -q -m "not torture" -n 2 --dist loadfile -p no:benchmark $(ARGS) \
 	|| $(call fail,tests failed on the compiled core.,one test alone: $(PY) -m pytest tests/FILE.py::NAME -x; if a daemon misbehaves only when compiled: SESSIOND_DEBUG=1 make test)
 	@$(call say,tests/core on the pure twin)
 	@SESSIOND_PURE=1 $(PY) -m pytest tests/core -q -m "not torture" $(ARGS) \

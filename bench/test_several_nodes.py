@@ -204,11 +204,12 @@ def crowd_note(found: dict[str, float]) -> str:
     )
 
 
-def test_a_crowd_after_a_restart(benchmark: Any, ledger: Any, size: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_crowd_after_a_restart(benchmark: Any, ledger: Any, size: Any, tmp_path: Path, workers: int) -> None:
     clients = size.of(15_000, 300)
     names = [f"session-{number}" for number in range(clients)]
     bodies = [wire.resume_request(name) for name in names]
-    with running_daemon(tmp_path / "data") as daemon:
+    with running_daemon(tmp_path / "data", workers=workers) as daemon:
         with wire.Client(daemon.address) as client:
             talk.make_sessions(client, names, 4, 48)
             client.settle()
@@ -226,8 +227,8 @@ def test_a_crowd_after_a_restart(benchmark: Any, ledger: Any, size: Any, tmp_pat
             assert client.status().cloud.lease_valid
     found.sort(key=lambda each: each["p99_s"])
     ledger.note(
-        f"{clients:,} clients that reconnect over 300 connections after SIGKILL and a restart on the disk, median of "
-        f"{len(found)} by p99",
+        f"{clients:,} clients that reconnect over 300 connections after SIGKILL and a restart on the disk, "
+        f"{f'{workers} workers' if workers else 'one process'}, median of {len(found)} by p99",
         crowd_note(found[len(found) // 2]) + " (to reach: p99 3 s)",
     )
 
