@@ -181,6 +181,8 @@ def test_a_watch_leaves_an_owner_that_stands_still(nodes: list[Daemon], wires: l
         watch.until_seq(5)
     finally:
         first.process.send_signal(signal.SIGCONT)
+    # It was fenced, and says so until it has its lease again.
+    wait_until(lambda: a.admin.GetStatus(admin_pb2.GetStatusRequest(), timeout=30).cloud.lease_valid, "it has none")
     at_a = Watch(a, "s", turn_pb2.TurnPosition())
     at_a.until_seq(5)
     fill(b, "s", 7, start=6)
