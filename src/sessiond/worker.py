@@ -30,6 +30,7 @@ import grpc
 import structlog
 
 from sessiond import link, telemetry
+from sessiond.core.layout import field_head
 from sessiond.errors import SessiondError
 from sessiond.link import Link
 from sessiond.service.batches import REPLY_BYTES_MAX, Breaks, check_size
@@ -39,7 +40,7 @@ from sessiond.tiers.hot.environment import Environment
 from sessiond.tokens import Tokenizer
 from sessiond.transport.options import SERVICES, TENANT, rpcs_max, server_options
 from sessiond.transport.relay import CHANNEL_OPTIONS, Context, Relay
-from sessiond.transport.wire import head, split
+from sessiond.transport.wire import split
 from sessiond.v1 import admin_pb2, session_pb2
 
 log = structlog.get_logger("sessiond")
@@ -322,7 +323,7 @@ class Worker:
             # Where there is no room for all, the keeper says for which.
             if answer is None or (size_bytes := size_bytes + len(answer)) > REPLY_BYTES_MAX:
                 return None
-            pieces += (head(1, len(answer)), answer)
+            pieces += (field_head(1, len(answer)), answer)
             await breaks.give_way()
         self._rungs.update(rungs)
         self._count_rungs(True)

@@ -161,9 +161,9 @@ def test_an_append_is_the_general_paths_append(world: World, seed: int) -> None:
             try:
                 _, first = world.run(node.sessions.append(node.call, request))
             except SessiondError:
-                assert quick.append_blocking(request.SerializeToString(), TENANT) is None
+                assert world.run(quick.append(request.SerializeToString(), TENANT)) is None
                 continue
-            raw = quick.append_blocking(again.SerializeToString(), TENANT)
+            raw = world.run(quick.append(again.SerializeToString(), TENANT))
             assert raw is not None
             second = session_pb2.AppendTurnResponse.FromString(raw)
         else:
@@ -205,7 +205,7 @@ def test_without_a_lease_nothing_is_confirmed(world: World) -> None:
     assert raw is not None
     receipt = session_pb2.ResumeSessionResponse.FromString(raw).context.receipt
     assert receipt.ownership == context_pb2.OWNERSHIP_UNCONFIRMED
-    raw = told.append_blocking(append.SerializeToString(), TENANT)
+    raw = world.run(told.append(append.SerializeToString(), TENANT))
     assert raw is not None
     assert session_pb2.AppendTurnResponse.FromString(raw).ownership == context_pb2.OWNERSHIP_UNCONFIRMED
     refusing = hot_path(node, lease=Lapsed(), serve_unconfirmed=False)
@@ -229,7 +229,7 @@ def test_what_a_caller_may_not_have_is_declined(world: World, name: str) -> None
     assert quick.resume(session_pb2.ResumeSessionRequest(session_id=S).SerializeToString(), TENANT) is not None
     assert quick.resume(session_pb2.ResumeSessionRequest(**fields).SerializeToString(), TENANT) is None
     append = session_pb2.AppendTurnRequest(turns=[user("t1")], **fields)
-    assert quick.append_blocking(append.SerializeToString(), TENANT) is None
+    assert world.run(quick.append(append.SerializeToString(), TENANT)) is None
     # Nor does the general path let him.
     with pytest.raises(SessiondError):
         world.run(node.sessions.append(node.call, append))
@@ -247,16 +247,16 @@ def test_what_another_may_own_or_may_lack_turns_is_declined(world: World) -> Non
     assert quick.resume(resume, TENANT) is not None
     for fields in ({"durability": turn_pb2.DURABILITY_CLOUD}, {"writer_token": "w"}, {"conflict_mode": 9}):
         rare = session_pb2.AppendTurnRequest(session_id=S, turns=[user("t3")], **fields)
-        assert quick.append_blocking(rare.SerializeToString(), TENANT) is None
+        assert world.run(quick.append(rare.SerializeToString(), TENANT)) is None
     node.flush()
     doubt_all(node.hot)
     assert quick.resume(resume, TENANT) is None
-    assert quick.append_blocking(append.SerializeToString(), TENANT) is None
+    assert world.run(quick.append(append.SerializeToString(), TENANT)) is None
     other = world.node("other", "n2")
     assert other.take_over()
     # n1's turns may be missing, as far as n2 knows.
     theirs = hot_path(other, default_budget_tokens=900)
     assert other.head.loss
     assert theirs.resume(resume, TENANT) is None
-    assert theirs.append_blocking(append.SerializeToString(), TENANT) is None
+    assert world.run(theirs.append(append.SerializeToString(), TENANT)) is None
     assert other.head.head_seq == 2

@@ -53,6 +53,15 @@ def runs(pid: int) -> bool:
         return False
 
 
+def stands_still(pid: int) -> bool:
+    """Whether none of its threads runs: one may be in a system call yet that a signal does not break off."""
+    for thread in os.listdir(f"/proc/{pid}/task"):
+        with open(f"/proc/{pid}/task/{thread}/stat") as file:
+            if file.read().rpartition(") ")[2][0] != "T":
+                return False
+    return True
+
+
 def pids(wire: Wire) -> list[int]:
     """The workers, once there are as many as there should be."""
     until(lambda: all(worker.pid for worker in status(wire).workers), "every worker runs")
@@ -204,6 +213,8 @@ def test_a_worker_that_stands_still_with_the_write_lock_is_ended_within_two_seco
                 until(lambda: status(wire).workers[number].appends > 10, "it appends by itself")
             for _ in range(2000):
                 os.kill(victim, signal.SIGSTOP)
+                # It may go on for a moment yet, and give the lock back.
+                until(lambda: stands_still(victim), "every thread of it has stopped")
                 if slots.what(number) != LOCK_FREE:
                     break
                 os.kill(victim, signal.SIGCONT)

@@ -200,3 +200,14 @@ def newer_rule(offset: int, flags: int) -> Corrupt:
 def corrupt_frame(offset: int, what: str) -> Corrupt:
     """The error both twins raise for bytes that break a rule above; `offset` is the frame's in its buffer."""
     return Corrupt("CORRUPT_FRAME", f"The turn frame at byte {offset} is damaged: {what}.")
+
+
+def field_head(number: int, size: int) -> bytes:
+    """What stands before a length-delimited protobuf field's payload of so many bytes: tag and length."""
+    head = bytearray()
+    for value in (number << 3 | 2, size):
+        while value > 0x7F:
+            head.append(value & 0x7F | 0x80)
+            value >>= 7
+        head.append(value)
+    return bytes(head)

@@ -18,6 +18,7 @@ from sessiond import core
 from sessiond.core import rules
 from sessiond.core import state as states
 from sessiond.core.expiry import lifecycle_at
+from sessiond.core.layout import field_head
 from sessiond.core.manifest import LIFECYCLE_DELETED
 from sessiond.core.state import State
 from sessiond.errors import SessiondError
@@ -42,16 +43,6 @@ TENANTS_MAX: Final = 1024
 _EDGE: Final = (turn_pb2.DURABILITY_UNSPECIFIED, turn_pb2.DURABILITY_EDGE)
 _CONFLICT_MODES: Final = frozenset(session_pb2.ConflictMode.values())
 _POLICY: Final = ("budget_tokens", "strategy", "encoding")
-
-
-def field_head(number: int, size: int) -> bytes:
-    """What stands before a message within a message: its tag and its length in bytes."""
-    head = bytearray((number << 3 | 2,))
-    while size > 0x7F:
-        head.append(size & 0x7F | 0x80)
-        size >>= 7
-    head.append(size)
-    return bytes(head)
 
 
 class LeaseView(Protocol):
@@ -212,17 +203,6 @@ class HotPath:
             return None
         try:
             done = await self._hot.run(ready.operation, ready.weight_bytes)
-        except SessiondError:
-            return None
-        return None if done is None else self.finish(ready, done)
-
-    def append_blocking(self, raw: bytes, tenant: str) -> bytes | None:
-        """The same for a thread that may wait."""
-        ready = self.prepare(raw, tenant)
-        if ready is None:
-            return None
-        try:
-            done = self._hot.run_blocking(ready.operation, ready.weight_bytes)
         except SessiondError:
             return None
         return None if done is None else self.finish(ready, done)

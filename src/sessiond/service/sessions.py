@@ -412,7 +412,7 @@ class Sessions:
                         except log.HistoryNeeded as error:
                             needed = error
                         else:
-                            self.count_rung(standing.rung)
+                            self._count_rung(standing.rung)
                             self._own.note_resumed(h)
                             break
             if head is None or head.phase != PHASE_OWNED:
@@ -436,7 +436,7 @@ class Sessions:
             await self._note_reached(h, request)
         return reply
 
-    def count_rung(self, rung: int) -> None:
+    def _count_rung(self, rung: int) -> None:
         """A context was served from this rung."""
         self.rungs[context_pb2.Rung.Name(rung).removeprefix("RUNG_")] += 1
 
@@ -646,7 +646,7 @@ class Sessions:
         ):
             self._own.start_claim(h, cold, found.loss)
             self._own.note_resumed(h)
-        self.count_rung(standing.rung)
+        self._count_rung(standing.rung)
         return reply
 
     # Warm --------------------------------------------------------------------------------------------------------

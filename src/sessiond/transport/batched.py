@@ -10,12 +10,13 @@ from typing import Final
 
 import grpc
 
+from sessiond.core.layout import field_head
 from sessiond.errors import SessiondError
 from sessiond.service.batches import Answer, Batch, Outcome, Places, Shortcut, check_size
 from sessiond.service.node import CallCounts
 from sessiond.service.ownership import Call
 from sessiond.transport.status import item_error
-from sessiond.transport.wire import head, split, text
+from sessiond.transport.wire import split, text
 from sessiond.v1 import session_pb2
 
 RESUMES: Final = "BatchResumeSessions"
@@ -72,11 +73,11 @@ class Batched:
         for outcome in outcomes:
             if isinstance(outcome, bytes):
                 answered += 1
-                inner = head(1, len(outcome)) if wraps else b""
+                inner = field_head(1, len(outcome)) if wraps else b""
             else:
                 outcome = self._refused(name, outcome)
-                inner = head(_ERROR, len(outcome))
-            pieces += (head(1, len(inner) + len(outcome)), inner, outcome)
+                inner = field_head(_ERROR, len(outcome))
+            pieces += (field_head(1, len(inner) + len(outcome)), inner, outcome)
         if answered:
             self._calls.add(_counted(name), "OK", "", answered)
         return b"".join(pieces)

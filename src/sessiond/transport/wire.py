@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import DecodeError, Message
 
+from sessiond.core.layout import field_head
 from sessiond.errors import Invalid
 
 Request = TypeVar("Request", bound=Message)
@@ -126,18 +127,7 @@ def _varint(raw: bytes, at: int) -> tuple[int, int]:
 
 def embed(number: int, payload: bytes) -> bytes:
     """A message field's bytes: tag, length, payload."""
-    return head(number, len(payload)) + payload
-
-
-def head(number: int, size: int) -> bytes:
-    """What stands before a message field's payload of so many bytes: tag, length."""
-    head = bytearray()
-    for value in (number << 3 | 2, size):
-        while value > 0x7F:
-            head.append(value & 0x7F | 0x80)
-            value >>= 7
-        head.append(value)
-    return bytes(head)
+    return field_head(number, len(payload)) + payload
 
 
 def reply(message: Any) -> bytes:

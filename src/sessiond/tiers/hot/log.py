@@ -30,6 +30,7 @@ from sessiond.core.layout import (
     ROLE_ASSISTANT,
     ROW_BYTES_MAX,
     Header,
+    field_head,
 )
 from sessiond.core.manifest import (
     CHECKPOINTS_MAX,
@@ -509,7 +510,7 @@ class _Sealed:
                 raise Invalid("INVALID_TURN", what, fields=[(f"{turn.body_field}.covered", what)])
         body = turn.body
         if derived:
-            body += _length_delimited(BODY_DERIVED, derived)
+            body += field_head(BODY_DERIVED, len(derived)) + derived
         live = rules.is_live(turn.kind, turn.role)
         cumulative = [places[4][slot] + (turn.tokens[slot] if live else 0) for slot in range(ENCODING_SLOTS)]
         if max(cumulative) > _U64_MAX:
@@ -692,19 +693,6 @@ def write_checkpoints(
     for version in saved[: len(versions) - len(kept)]:
         transaction.delete("checkpoints", seq_key(h, version))
     return kept
-
-
-def _length_delimited(number: int, payload: bytes) -> bytes:
-    return _varint(number << 3 | 2) + _varint(len(payload)) + payload
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
 
 
 def replace_rows(
