@@ -331,6 +331,9 @@ class Daemon:
         if owns_nothing(hot) and await asyncio.to_thread(has_company, peers):
             # Nobody waits for this node: what it takes over must not wait for its first counts.
             await asyncio.to_thread(tokenizer.warm)
+        if self._workers is not None:
+            # Ready once all of them listen: connections stay with whichever took them.
+            await self._answer(server)
         node.phase = admin_pb2.NODE_PHASE_SERVING
         await self._answer(server)
         if self._workers is not None:

@@ -73,6 +73,8 @@ class _Worker:
     number: int
     process: subprocess.Popen[bytes] | None = None
     link: Link | None = None
+    # It can be told to listen; it listens.
+    ready: bool = False
     listens: bool = False
     started_ms: int = 0
     heard_ms: int = 0
@@ -103,6 +105,8 @@ class Workers:
         self._hash_key = b""
         self._changed = asyncio.Event()
         self._trouble = ""
+        # Whether those that are ready are told to listen.
+        self._listening = False
         self._stopping = False
         self._task: asyncio.Task[None] | None = None
         self._looked_ms = 0
@@ -127,6 +131,11 @@ class Workers:
         self._task = asyncio.create_task(self._watch())
         ends_s = loop.time() + START_S
         while not all(worker.listens for worker in self._workers):
+            if not self._listening and all(worker.ready for worker in self._workers):
+                # All at the same time: those who come back after a restart go to whoever listens, and stay there.
+                self._listening = True
+                for worker in self._workers:
+                    self._have_listen(worker)
             if self._trouble:
                 raise in_use(self._settings.listen, self._trouble)
             if loop.time() > ends_s or max(worker.failures for worker in self._workers) >= STARTS_MAX:
@@ -218,17 +227,22 @@ class Workers:
         finally:
             theirs.close()
         worker.link = mine
-        worker.listens = False
+        worker.ready = worker.listens = False
         worker.started_ms = worker.heard_ms = boot_clock_ms()
 
     def _greet(self, worker: _Worker) -> None:
-        """Begin to listen to it, and have it listen to callers."""
+        """Begin to hear it, and give it the hot tier."""
         end = worker.link
         if end is None:
             return
         asyncio.get_running_loop().add_reader(end.socket, self._heard, worker, end)
+        self._have_open(worker)
+
+    def _have_listen(self, worker: _Worker) -> None:
+        if worker.link is None:
+            return
         settings = self._settings
-        end.send(
+        worker.link.send(
             link.LISTEN,
             address=self._port.address,
             concurrent_calls_max=settings.concurrent_calls_max,
@@ -236,7 +250,6 @@ class Workers:
             request_bytes_max=settings.request_bytes_max,
             log_level=settings.log_level,
         )
-        self._have_open(worker)
 
     def _have_open(self, worker: _Worker) -> None:
         if self._hot is None or worker.link is None:
@@ -280,6 +293,11 @@ class Workers:
             worker.now.update({name: counts.get(name, 0) for name in ("answered", "relayed")})
             worker.now.update({name: value - worker.now[name] for name, value in content.items()})
             self.hears.counted(counts)
+        elif kind == link.READY:
+            worker.ready = True
+            if self._listening:
+                self._have_listen(worker)
+            self._changed.set()
         elif kind == link.LISTENING:
             if content["trouble"]:
                 self._trouble = content["trouble"]
@@ -317,7 +335,7 @@ class Workers:
             code = -signal.SIGKILL
             self._dying.append(process)
         self.block.clear(worker.number + 1)
-        worker.listens = False
+        worker.ready = worker.listens = False
         worker.before += worker.now
         worker.now = Counter()
         log.warning(telemetry.WORKER_GONE, worker=worker.number, pid=process.pid, exit_code=code)

@@ -141,6 +141,7 @@ class Worker:
         loop = asyncio.get_running_loop()
         self._stop_ms = loop.create_future()
         loop.add_reader(self._link.socket, self._heard)
+        self._link.send(link.READY)
         grace_ms = await self._stop_ms
         if self._server is not None:
             await self._server.stop(grace_ms / 1000)

@@ -10,7 +10,7 @@ import socket
 import stat
 import subprocess
 import sys
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import grpc
@@ -22,6 +22,7 @@ from sessiond.errors import Invalid
 from sessiond.testing import HOST, StartFailed, free_port, running_daemon
 from sessiond.v1 import admin_pb2
 from tests.wire import Wire, user
+from tests.workers.test_deaths import until
 
 EACH = pytest.mark.parametrize("workers", [0, 2])
 
@@ -81,6 +82,30 @@ def test_port_0_gives_all_workers_the_same_port(tmp_path: Path) -> None:
         daemon.terminate()
         daemon.communicate(timeout=60)
     assert daemon.returncode == 0
+
+
+# What the second worker does before anything else.
+LATE = """
+import sys, time
+if "sessiond.worker" in sys.orig_argv and sys.orig_argv[-2] == "1":
+    time.sleep(1)
+"""
+
+
+def test_callers_that_come_at_the_start_find_every_worker_even_one_that_is_late(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(LATE)
+    path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
+    with running_daemon(workers=2, env={"PYTHONPATH": path}) as daemon, ExitStack() as opened:
+        wires = [opened.enter_context(closing(Wire(daemon.address))) for _ in range(64)]
+        for wire in wires:
+            wire.create("s")
+        for number in range(5):
+            for place, wire in enumerate(wires):
+                wire.append("s", user(f"{place}-{number}", "here"))
+        with closing(Wire(daemon.address)) as wire:
+            # They tell it now and then. A fifth of the connections, where half is to be expected, is no chance.
+            until(lambda: sum(each.answered + each.relayed for each in status(wire).workers) >= 5 * 64, "all is told")
+            assert min(each.answered + each.relayed for each in status(wire).workers) > 64
 
 
 @EACH
