@@ -20,8 +20,8 @@ SOCKET_NAME: Final = "keeper.sock"
 LISTEN: Final = "listen"
 OPEN: Final = "open"
 STOP: Final = "stop"
-# From a worker: it can be told what to listen on; it listens, or why not; these sessions changed (all of them, if it lost count); these were used, and
-# what was counted; the hot tier failed.
+# From a worker: it can be told what to listen on; it listens, or why not; these sessions changed (all of them, if it
+# lost count); these were used, and what was counted; the hot tier failed.
 READY: Final = "ready"
 LISTENING: Final = "listening"
 CHANGED: Final = "changed"

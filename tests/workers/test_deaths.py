@@ -56,9 +56,13 @@ def runs(pid: int) -> bool:
 def stands_still(pid: int) -> bool:
     """Whether none of its threads runs: one may be in a system call yet that a signal does not break off."""
     for thread in os.listdir(f"/proc/{pid}/task"):
-        with open(f"/proc/{pid}/task/{thread}/stat") as file:
-            if file.read().rpartition(") ")[2][0] != "T":
-                return False
+        try:
+            with open(f"/proc/{pid}/task/{thread}/stat") as file:
+                state = file.read().rpartition(") ")[2][0]
+        except OSError:  # it has just ended
+            continue
+        if state not in "TZX":
+            return False
     return True
 
 
