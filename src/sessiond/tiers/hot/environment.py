@@ -69,6 +69,14 @@ LATER_TABLES: Final = frozenset({"states", "blobs"})
 MAP_USED_MAX: Final = 0.85
 # A queue longer than this means that the disk does not keep up.
 QUEUE_MAX: Final = 16_384
+# Before a commit, so long is waited for more writes where that brought this many more the last time; where it did not,
+# it is tried again after some commits, twice as many each time. A caller alone hardly meets it; where there are many,
+# they share what a commit costs in thread switches (bench/README.md, "What was tried").
+GATHER_S: Final = 0.002
+GATHERED_MIN: Final = 2
+GATHER_AGAIN: Final = (4, 1024)
+# A group of so many is enough of one.
+GATHERED_ENOUGH: Final = 16
 # The map's use is measured at most this often: every so many commits, or sooner if they were large.
 MEASURED_EVERY_COMMITS: Final = 16
 MEASURED_EVERY_SHARE: Final = 1 / 256
@@ -208,6 +216,32 @@ class Driver(Protocol):
         """Return once a commit has set this; called by whoever may wait."""
 
 
+# A test puts something else here.
+pause: Callable[[float], None] = time.sleep
+
+
+class Gathering:
+    """Whether it pays to wait for more writes before a commit, learnt from what waiting brought."""
+
+    __slots__ = ("_left", "_pause")
+
+    def __init__(self) -> None:
+        self._pause = self._left = GATHER_AGAIN[0]
+
+    def is_due(self) -> bool:
+        """Whether to wait this time; asked once a commit."""
+        self._left = max(0, self._left - 1)
+        return not self._left
+
+    def learn(self, came: int) -> None:
+        """So many more writes came while it waited."""
+        if came >= GATHERED_MIN:
+            self._pause = GATHER_AGAIN[0]
+        else:
+            self._left = self._pause
+            self._pause = min(2 * self._pause, GATHER_AGAIN[1])
+
+
 class Environment:
     """The node's LMDB environment, opened once per process."""
 
@@ -254,6 +288,7 @@ class Environment:
         # other processes of the node look at it, and at nothing else, to tell a writer that is stuck.
         self.on_lock: Callable[[int], None] = lambda what: None
         # Of the commit thread alone.
+        self._gathering = Gathering()
         self._known_ids: dict[bytes, tuple[int, bytes, bytes]] = {}
         self._queue: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         self._driver = driver
@@ -432,6 +467,10 @@ class Environment:
             return False
         group.append(work)
         weight_bytes = work.weight_bytes
+        waiting = self._queue.qsize()
+        if self._driver is None and waiting < min(self.group_max, GATHERED_ENOUGH) - 1 and self._gathering.is_due():
+            pause(GATHER_S)
+            self._gathering.learn(self._queue.qsize() - waiting)
         # Bounded groups: without a bound, two processes starve each other (DESIGN.md, "Processes").
         while len(group) < self.group_max and weight_bytes < 4 * 1024**2:
             try:
