@@ -118,8 +118,9 @@ class Daemon:
             try:
                 self._start(timeout_s)
             except StartFailed as failure:
-                # Somebody else took the port between the look and the start.
-                if failure.reason != "PORT_IN_USE" or self._port_is_given or attempt == STARTS_MAX - 1:
+                # Somebody else took the port between the look and the start; another address is not ours to change.
+                taken = failure.reason == "PORT_IN_USE" and self.address in failure.log
+                if not taken or self._port_is_given or attempt == STARTS_MAX - 1:
                     raise
             else:
                 return
