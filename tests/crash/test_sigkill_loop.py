@@ -68,7 +68,6 @@ class Load:
                         wire.close()
                         return
                     # What was sent may be in the log or not; the same turn_ids go again.
-                    wire.channel.subscribe(lambda _: None, try_to_connect=True)
                     self.stop.wait(0.01)
             with self.changed:
                 assert reply.checkpoint_version >= floor, "a checkpoint version went back"

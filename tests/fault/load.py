@@ -91,8 +91,6 @@ class Load:
                 self._note(error)
                 if self.stop.is_set():
                     return False
-                if not is_answered(error):
-                    wire.channel.subscribe(lambda _: None, try_to_connect=True)
                 self.stop.wait(0.05)
         with self.changed:
             (placed,) = reply.turns
