@@ -98,7 +98,7 @@ test: build ## Runs the tests: the whole suite on the compiled core, tests/core 
 	@$(PY) -m pytest tests -q -m "not torture" -n 2 --dist loadfile -p no:benchmark $(ARGS) \
 	|| $(call fail,tests failed on the compiled core.,one test alone: $(PY) -m pytest tests/FILE.py::NAME -x; if a daemon misbehaves only when compiled: SESSIOND_DEBUG=1 make test)
 	@$(call say,tests/core on the pure twin)
-	@SESSIOND_PURE=1 $(PY) -m pytest tests/core -q -m "not torture" $(ARGS) \
+	@SESSIOND_PURE=1 $(PY) -m pytest tests/core -q -m "not torture" -n 2 --dist loadfile -p no:benchmark $(ARGS) \
 	|| $(call fail,tests failed on the pure twin.,one test alone: SESSIOND_PURE=1 $(PY) -m pytest tests/core/FILE.py::NAME -x)
 
 # How long `make torture` runs simulated worlds.
