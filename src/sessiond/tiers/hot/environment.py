@@ -73,7 +73,7 @@ QUEUE_MAX: Final = 16_384
 # it is tried again after some commits, twice as many each time. A caller alone hardly meets it; where there are many,
 # they share what a commit costs in thread switches (bench/README.md, "What was tried").
 GATHER_S: Final = 0.002
-GATHERED_MIN: Final = 2
+GATHERED_MIN: Final = 4
 GATHER_AGAIN: Final = (4, 1024)
 # A group of so many is enough of one.
 GATHERED_ENOUGH: Final = 16
